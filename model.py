@@ -1,0 +1,670 @@
+"""The networks of Stable Cascade (Wuerstchen v3), each the official network at any size.
+
+    Stage C, Stage B    one UNet, sized differently: C imagines a semantic latent from text, B paints an image latent from it
+    Stage A             a VQGAN: image latent <-> pixels, 4 times larger on each side
+    SemanticEncoder     EfficientNet-V2-S: pixels -> semantic latent, 42.67 times smaller on each side
+    Previewer           semantic latent -> a small picture, for looking on
+
+Modules carry the names of the official single files, so every file loads strictly. `load(path)` opens any of them,
+also in the diffusers layout, and tells and sizes the network by the tensors inside.
+
+Letters: B batch, C channels, H W pixels, h w the semantic latent's sides, y x the sides of the grid at hand,
+D text width, L text tokens, N condition tokens. Inside the UNet and Stage A the stream is channels-last, (B, y, x, C):
+norms, linears, GRN and attention all work on the last axis; only what goes in and comes out is channels-first.
+
+Sources: Pernias et al., "Wuerstchen" (2023), arXiv 2306.00637; the official files of stabilityai/stable-cascade;
+ConvNeXt V2 (GRN), arXiv 2301.00808; EfficientNetV2, arXiv 2104.00298; Paella (Stage A), arXiv 2211.07292.
+"""
+import itertools
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+HEAD_WIDTH = 64             # of every attention head; also the width of a timestep embedding
+CLIP_TOKENS = 4             # condition tokens made from one pooled text or image embedding
+
+
+class CascadeError(ValueError):
+    """What a user can cause and mend. The message is one line: what, where, what to do."""
+
+
+# ------------------------------------------------------------------------------------------------ layers, channels-last
+
+class Conv2d(nn.Conv2d):
+    """(B, y, x, C) -> (B, y', x', C'). A 1x1 convolution is a linear on its flattened weight."""
+
+    def forward(self, x):
+        if self.kernel_size == (1, 1):
+            return F.linear(x, self.weight.flatten(1), self.bias)
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class ConvTranspose2d(nn.ConvTranspose2d):
+    """(B, y, x, C) -> (B, 2y, 2x, C')."""
+
+    def forward(self, x):
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class PixelUnshuffle(nn.PixelUnshuffle):
+    """The way in: (B, C, p*y, p*x) -> (B, y, x, C*p*p) for patches of p x p."""
+
+    def forward(self, x):
+        return super().forward(x).permute(0, 2, 3, 1)
+
+
+class PixelShuffle(nn.PixelShuffle):
+    """The way out: (B, y, x, C*p*p) -> (B, C, p*y, p*x)."""
+
+    def forward(self, x):
+        return super().forward(x.permute(0, 3, 1, 2))
+
+
+class LayerNorm(nn.LayerNorm):
+    """Over channels, without learned scale or shift."""
+
+    def __init__(self, c):
+        super().__init__(c, eps=1e-6, elementwise_affine=False)
+
+
+def resize(x, size):
+    """Bilinear with corners aligned, in fp32: (B, y, x, C) -> (B, *size, C)."""
+    if x.shape[1:3] == size:
+        return x
+    return F.interpolate(x.permute(0, 3, 1, 2).float(), size, mode="bilinear", align_corners=True).permute(0, 2, 3, 1).to(x.dtype)
+
+
+# ------------------------------------------------------------------------------------------------ the UNet of B and C
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Levels are listed from the outermost in, `up` from the innermost out. A level is a string of block kinds:
+    R residual, T timestep, A attention; it is passed `repeat` times."""
+    widths: tuple[int, ...]                     # channels of each level
+    down: tuple[str, ...]
+    up: tuple[str, ...]
+    down_repeat: tuple[int, ...]
+    up_repeat: tuple[int, ...]
+    c_cond: int                                 # channels of a condition token
+    latent: int                                 # channels of the latent, in and out
+    patch: int                                  # its pixels are taken patch x patch together
+    extras: tuple[str, ...]                     # timestep conditions beside r
+    text: int = 1280                            # width of the text embeddings
+    image: int = 0                              # width of the image embeddings: Stage C
+    semantic: int = 0                           # channels of the semantic latent: Stage B
+    switch: tuple[bool, ...] | None = None      # Stage C: does the change to this level halve the resolution?
+
+
+def _stage_c(width, outer, inner):
+    return UNetConfig(widths=(width, width), down=("RTA" * outer, "RTA" * inner), up=("RTA" * inner, "RTA" * outer),
+                      down_repeat=(1, 1), up_repeat=(1, 1), c_cond=width, latent=16, patch=1, extras=("sca", "crp"),
+                      image=768, switch=(False,))
+
+
+def _stage_b(widths, counts, up_repeat):
+    levels = tuple(kinds * count for kinds, count in zip(("RT", "RT", "RTA", "RTA"), counts))
+    return UNetConfig(widths=widths, down=levels, up=levels[::-1], down_repeat=(1, 1, 1, 1), up_repeat=up_repeat,
+                      c_cond=1280, latent=4, patch=2, extras=("sca",), semantic=16)
+
+
+UNETS = {
+    "stage_c": _stage_c(2048, 8, 24),                                                   # 3589 M parameters
+    "stage_c_lite": _stage_c(1536, 4, 12),                                              # 1031 M
+    "stage_b": _stage_b((320, 640, 1280, 1280), (2, 6, 28, 6), (3, 3, 2, 2)),           # 1563 M
+    "stage_b_lite": _stage_b((320, 576, 1152, 1152), (2, 4, 14, 4), (2, 2, 2, 2)),      # 700 M
+}
+
+
+class GlobalResponseNorm(nn.Module):
+    """Channels compete over the whole picture (ConvNeXt V2, section 3): it cannot be computed tile by tile."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.zeros(1, 1, 1, c))
+        self.beta = nn.Parameter(torch.zeros(1, 1, 1, c))
+
+    def forward(self, x):
+        norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)                    # (B, 1, 1, C)
+        share = norm / (norm.mean(dim=-1, keepdim=True) + 1e-6)
+        return torch.addcmul(self.beta, x, self.gamma * share + 1)                      # (B, y, x, C)
+
+
+class ResidualBlock(nn.Module):
+    """ConvNeXt block. The first of an up level also reads the skip of its level."""
+
+    def __init__(self, c, c_skip=0):
+        super().__init__()
+        self.c_skip = c_skip
+        self.depthwise = Conv2d(c, c, 3, padding=1, groups=c)
+        self.norm = LayerNorm(c)
+        self.channelwise = nn.Sequential(nn.Linear(c + c_skip, 4 * c), nn.GELU(), GlobalResponseNorm(4 * c),
+                                         nn.Identity(), nn.Linear(4 * c, c))
+
+    def forward(self, x, t, cond, skip):
+        y = self.norm(self.depthwise(x))                                                # (B, y, x, C)
+        if self.c_skip:
+            y = torch.cat([y, skip], dim=-1)                                            # (B, y, x, C + C_skip)
+        return x + self.channelwise(y)
+
+
+class TimestepBlock(nn.Module):
+    """Scale and shift by the time; every extra condition has a mapper of its own."""
+
+    def __init__(self, c, extras):
+        super().__init__()
+        self.mappers = ("mapper", *(f"mapper_{name}" for name in extras))
+        for name in self.mappers:
+            setattr(self, name, nn.Linear(HEAD_WIDTH, 2 * c))
+
+    def forward(self, x, t, cond, skip):
+        chunks = t.chunk(len(self.mappers), dim=1)                                      # each (B, 64)
+        a, b = sum(getattr(self, name)(chunk) for name, chunk in zip(self.mappers, chunks)).chunk(2, dim=1)
+        return x * (1 + a[:, None, None]) + b[:, None, None]
+
+
+class Attention(nn.Module):
+    """Queries are the picture's tokens; keys and values are these and the condition's tokens after them."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * c, c))                       # query, key, value
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * c))
+        self.out_proj = nn.Linear(c, c)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+
+    def forward(self, x, cond):
+        B, T, C = x.shape
+        q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)  # each (B, T, C)
+        k_cond, v_cond = F.linear(cond, self.in_proj_weight[C:], self.in_proj_bias[C:]).chunk(2, dim=-1)
+        k, v = torch.cat([k, k_cond], dim=1), torch.cat([v, v_cond], dim=1)             # (B, T + N, C)
+        q, k, v = (y.unflatten(-1, (-1, HEAD_WIDTH)).transpose(1, 2) for y in (q, k, v))   # (B, C/64, T or T + N, 64)
+        y = F.scaled_dot_product_attention(q, k, v)                                     # softmax(q k' / 8) v
+        return self.out_proj(y.transpose(1, 2).flatten(2))                              # (B, T, C)
+
+
+class AttentionBlock(nn.Module):
+    def __init__(self, c, c_cond):
+        super().__init__()
+        self.norm = LayerNorm(c)
+        self.attention = nn.ModuleDict({"attn": Attention(c)})
+        self.kv_mapper = nn.Sequential(nn.SiLU(), nn.Linear(c_cond, c))
+
+    def forward(self, x, t, cond, skip):
+        tokens = self.norm(x).flatten(1, 2)                                             # (B, y*x, C), row by row
+        return x + self.attention.attn(tokens, self.kv_mapper(cond)).view_as(x)
+
+
+class Switch(nn.Module):
+    """Change of level in Stage C: a 1x1 convolution and, where a level halves the resolution, a bilinear resize.
+    The official names count the resize as a layer even where there is none: `blocks.0` going down, `blocks.1` going up."""
+
+    def __init__(self, c_in, c_out, scale, up):
+        super().__init__()
+        conv = Conv2d(c_in, c_out, 1)
+        self.scale = scale
+        self.blocks = nn.ModuleList([nn.Identity(), conv] if up else [conv, nn.Identity()])
+
+    def forward(self, x):
+        if self.scale > 1:
+            x = resize(x, (x.shape[1] * 2, x.shape[2] * 2))                             # (B, 2y, 2x, C)
+        for block in self.blocks:
+            x = block(x)
+        if self.scale < 1:
+            x = resize(x, (x.shape[1] // 2, x.shape[2] // 2))                           # (B, y/2, x/2, C)
+        return x
+
+
+class UNet(nn.Module):
+    """Stage B or Stage C: predicts the noise in a latent."""
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        self.config = config
+        c, c_cond, widths = config.widths[0], config.c_cond, config.widths
+        if config.semantic:
+            self.effnet_mapper = self._mapper(config.semantic, c)
+            self.pixels_mapper = self._mapper(3, c)
+            self.clip_mapper = nn.Linear(config.text, c_cond * CLIP_TOKENS)
+        else:
+            self.clip_txt_mapper = nn.Linear(config.text, c_cond)
+            self.clip_txt_pooled_mapper = nn.Linear(config.text, c_cond * CLIP_TOKENS)
+            self.clip_img_mapper = nn.Linear(config.image, c_cond * CLIP_TOKENS)
+        self.clip_norm = LayerNorm(c_cond)
+        self.embedding = nn.Sequential(PixelUnshuffle(config.patch), Conv2d(config.latent * config.patch ** 2, c, 1),
+                                       LayerNorm(c))
+
+        self.down_blocks, self.down_downscalers, self.down_repeat_mappers = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        for i, width in enumerate(widths):
+            self.down_downscalers.append(self._change(i - 1, i) if i else nn.Identity())
+            self.down_blocks.append(self._level(width, config.down[i]))
+            self.down_repeat_mappers.append(nn.ModuleList(Conv2d(width, width, 1) for _ in range(config.down_repeat[i] - 1)))
+
+        self.up_blocks, self.up_upscalers, self.up_repeat_mappers = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        for j, i in enumerate(reversed(range(len(widths)))):
+            self.up_blocks.append(self._level(widths[i], config.up[j], c_skip=widths[i] if j else 0))
+            self.up_repeat_mappers.append(
+                nn.ModuleList(Conv2d(widths[i], widths[i], 1) for _ in range(config.up_repeat[j] - 1)))
+            self.up_upscalers.append(self._change(i, i - 1) if i else nn.Identity())
+        self.clf = nn.Sequential(LayerNorm(c), Conv2d(c, config.latent * config.patch ** 2, 1), PixelShuffle(config.patch))
+
+    @staticmethod
+    def _mapper(c_in, c):
+        return nn.Sequential(Conv2d(c_in, 4 * c, 1), nn.GELU(), Conv2d(4 * c, c, 1), LayerNorm(c))
+
+    def _level(self, c, kinds, c_skip=0):
+        build = {"R": lambda i: ResidualBlock(c, c_skip if i == 0 else 0),
+                 "T": lambda i: TimestepBlock(c, self.config.extras),
+                 "A": lambda i: AttentionBlock(c, self.config.c_cond)}
+        return nn.ModuleList(build[kind](i) for i, kind in enumerate(kinds))
+
+    def _change(self, i, j):
+        """From level i to its neighbour j."""
+        c_in, c_out, up = self.config.widths[i], self.config.widths[j], j < i
+        if self.config.switch is None:
+            change = (ConvTranspose2d if up else Conv2d)(c_in, c_out, 2, stride=2)
+        else:
+            change = Switch(c_in, c_out, (2 if up else 0.5) if self.config.switch[min(i, j)] else 1, up)
+        return nn.Sequential(LayerNorm(c_in), change)
+
+    def embed_time(self, r, sca, crp):
+        """r and, as the network has them, sca and crp, each (B,) in [0, 1], 0 if None -> (B, 64 * how many)."""
+        half = HEAD_WIDTH // 2
+        frequencies = torch.arange(half, device=r.device).float().mul(-math.log(10000) / (half - 1)).exp()
+        extras = {"sca": sca, "crp": crp}
+        times = [r, *(torch.zeros_like(r) if extras[name] is None else extras[name] for name in self.config.extras)]
+        angles = (torch.stack(times, dim=1).float() * 10000)[:, :, None] * frequencies              # (B, 1 + extras, 32)
+        return torch.cat([angles.sin(), angles.cos()], dim=2).flatten(1).to(self.clf[1].weight.dtype)   # (B, 64 + 64*extras)
+
+    def embed_clip(self, pooled, text, image):
+        """The condition's tokens: 4 of the pooled text, in Stage C after the text's L and before 4 of every image."""
+        B, c_cond = pooled.shape[0], self.config.c_cond
+        if self.config.semantic:
+            tokens = self.clip_mapper(pooled).view(B, -1, c_cond)                       # (B, 4, c_cond)
+        else:
+            image = pooled.new_zeros(B, self.config.image) if image is None else image
+            tokens = torch.cat([self.clip_txt_mapper(text),                             # (B, L, c_cond)
+                                self.clip_txt_pooled_mapper(pooled).view(B, -1, c_cond),
+                                self.clip_img_mapper(image).view(B, -1, c_cond)], dim=1)    # (B, L + 8, c_cond)
+        return self.clip_norm(tokens)                                                   # (B, N, c_cond)
+
+    def forward(self, x, r, clip_text_pooled, clip_text=None, clip_img=None, effnet=None, pixels=None, sca=None, crp=None):
+        """The noise in a latent.
+
+        x                   (B, 16, h, w) for Stage C, (B, 4, H/4, W/4) with even sides for Stage B
+        r                   (B,) fp32, the time: 1 is pure noise, 0 is none
+        clip_text_pooled    (B, D) or (B, 1, D)
+        clip_text           (B, L, D), all rows of the text tower; Stage C needs it, Stage B has no use for it
+        clip_img            (B, 768) or (B, n, 768), embeddings of pictures for Stage C; zeros if None
+        effnet              (B, 16, h, w), the semantic latent for Stage B; nothing is added if None
+        pixels              (B, 3, any, any) in [0, 1], a picture for Stage B; zeros if None
+        sca, crp            (B,), extra times; zeros if None
+        returns             epsilon, shaped like x
+        """
+        t = self.embed_time(r, sca, crp)
+        cond = self.embed_clip(clip_text_pooled, clip_text, clip_img)
+        x = self.embedding(x)                                                           # (B, y, x, C)
+        if self.config.semantic:
+            if effnet is not None:
+                x = x + self.effnet_mapper(resize(effnet.permute(0, 2, 3, 1), x.shape[1:3]))
+            pixels = x.new_zeros(x.shape[0], 3, 8, 8) if pixels is None else pixels
+            x = x + resize(self.pixels_mapper(pixels.permute(0, 2, 3, 1)), x.shape[1:3])
+
+        skips = []
+        for blocks, change, mappers in zip(self.down_blocks, self.down_downscalers, self.down_repeat_mappers):
+            x = self._run(blocks, mappers, change(x), t, cond)
+            skips.append(x)
+        for blocks, change, mappers in zip(self.up_blocks, self.up_upscalers, self.up_repeat_mappers):
+            skip = skips.pop()
+            x = resize(x, skip.shape[1:3])              # an odd side lost a row on its way down
+            x = change(self._run(blocks, mappers, x, t, cond, skip))
+        return self.clf(x)
+
+    @staticmethod
+    def _run(blocks, mappers, x, t, cond, skip=None):
+        """A level: its blocks in order and, where it repeats, a 1x1 convolution before each further pass."""
+        for mapper in [None, *mappers]:
+            x = x if mapper is None else mapper(x)
+            for block in blocks:
+                x = block(x, t, cond, skip)
+        return x
+
+
+# ------------------------------------------------------------------------------------------------ Stage A
+
+@dataclass(frozen=True)
+class StageAConfig:
+    widths: tuple[int, ...] = (192, 384)        # channels of each level, the outermost first
+    latent: int = 4
+    deep_blocks: int = 12                       # residual blocks of the decoder's inner level
+    codes: int = 8192
+    scale_factor: float = 0.43
+
+
+class StageABlock(nn.Module):
+    """A depthwise convolution, then an MLP, each with a learned scale, shift and gain: six scalars."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.norm = LayerNorm(c)
+        self.depthwise = nn.Sequential(nn.ReplicationPad2d(1), nn.Conv2d(c, c, 3, groups=c))
+        self.channelwise = nn.Sequential(nn.Linear(c, 4 * c), nn.GELU(), nn.Linear(4 * c, c))
+        self.gammas = nn.Parameter(torch.zeros(6))
+
+    def forward(self, x):
+        g = self.gammas
+        y = self.norm(x) * (1 + g[0]) + g[1]                                            # (B, y, x, C)
+        x = x + self.depthwise(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) * g[2]
+        return x + self.channelwise(self.norm(x) * (1 + g[3]) + g[4]) * g[5]
+
+
+class StageA(nn.Module):
+    """VQGAN. Stage B paints latents that were never quantised, so only the tensors and `quantise` keep the codebook."""
+
+    def __init__(self, config: StageAConfig):
+        super().__init__()
+        self.config = config
+        widths = config.widths
+        self.in_block = nn.Sequential(PixelUnshuffle(2), Conv2d(3 * 4, widths[0], 1))
+        self.down_blocks = nn.Sequential()
+        for i, c in enumerate(widths):
+            if i:
+                self.down_blocks.append(Conv2d(widths[i - 1], c, 4, stride=2, padding=1))
+            self.down_blocks.append(StageABlock(c))
+        self.down_blocks.append(nn.Sequential(nn.Conv2d(widths[-1], config.latent, 1, bias=False),
+                                              nn.BatchNorm2d(config.latent)))
+        self.vquantizer = nn.ModuleDict({"codebook": nn.Embedding(config.codes, config.latent)})
+        self.up_blocks = nn.Sequential(nn.Sequential(Conv2d(config.latent, widths[-1], 1)))
+        for i in reversed(range(len(widths))):
+            for _ in range(config.deep_blocks if i == len(widths) - 1 else 1):
+                self.up_blocks.append(StageABlock(widths[i]))
+            if i:
+                self.up_blocks.append(ConvTranspose2d(widths[i], widths[i - 1], 4, stride=2, padding=1))
+        self.out_block = nn.Sequential(Conv2d(widths[0], 3 * 4, 1), PixelShuffle(2))
+
+    def encode(self, image):
+        """Pixels (B, 3, H, W) in [0, 1], sides multiples of 4 -> image latent (B, 4, H/4, W/4), not quantised."""
+        x = self.in_block(image)                                                        # (B, H/2, W/2, C)
+        for block in self.down_blocks[:-1]:
+            x = block(x)
+        return self.down_blocks[-1](x.permute(0, 3, 1, 2)) / self.config.scale_factor   # (B, 4, H/4, W/4)
+
+    def decode(self, z):
+        """Image latent (B, 4, y, x) -> pixels (B, 3, 4y, 4x), about [0, 1] and not clamped."""
+        x = (z * self.config.scale_factor).permute(0, 2, 3, 1)                          # (B, y, x, 4)
+        for block in self.up_blocks:
+            x = block(x)
+        return self.out_block(x)                                                        # (B, 3, 4y, 4x)
+
+    def quantise(self, z):
+        """Image latent (B, 4, y, x) -> the nearest codes in its place, and their numbers (B, y, x)."""
+        codes = self.vquantizer.codebook.weight                                         # (8192, 4)
+        tokens = (z * self.config.scale_factor).permute(0, 2, 3, 1)                     # (B, y, x, 4)
+        numbers = torch.cdist(tokens.flatten(0, 2).float(), codes.float()).argmin(1).view(tokens.shape[:3])
+        return codes[numbers].permute(0, 3, 1, 2) / self.config.scale_factor, numbers
+
+
+# ------------------------------------------------------------------------------------------------ the semantic encoder
+# From here on channels-first, (B, C, H, W): convolutions and batch norms only.
+
+@dataclass(frozen=True)
+class SemanticEncoderConfig:
+    """EfficientNet-V2-S. A stage is (fused, expansion, channels, blocks)."""
+    stem: int = 24
+    stages: tuple[tuple[bool, int, int, int], ...] = ((True, 1, 24, 2), (True, 4, 48, 4), (True, 4, 64, 4),
+                                                      (False, 4, 128, 6), (False, 6, 160, 9), (False, 6, 256, 15))
+    head: int = 1280
+    latent: int = 16
+
+
+STRIDES = (1, 2, 2, 2, 1, 2)        # of the first block of each stage
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def conv_norm(c_in, c_out, kernel, stride=1, groups=1, act=True):
+    conv = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, groups=groups, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(c_out, eps=1e-3), *([nn.SiLU()] if act else []))
+
+
+class SqueezeExcite(nn.Module):
+    """Every channel is scaled by what the channels' means say."""
+
+    def __init__(self, c, c_squeezed):
+        super().__init__()
+        self.fc1 = nn.Conv2d(c, c_squeezed, 1)
+        self.fc2 = nn.Conv2d(c_squeezed, c, 1)
+
+    def forward(self, x):
+        means = x.mean((2, 3), keepdim=True)                                            # (B, C, 1, 1)
+        return x * self.fc2(F.silu(self.fc1(means))).sigmoid()
+
+
+class MBConv(nn.Module):
+    """Widen, look around, narrow again; fused means that one 3x3 convolution does the first two."""
+
+    def __init__(self, c_in, c_out, fused, expansion, stride):
+        super().__init__()
+        c = c_in * expansion
+        if fused and expansion == 1:
+            layers = [conv_norm(c_in, c_out, 3, stride)]
+        elif fused:
+            layers = [conv_norm(c_in, c, 3, stride), conv_norm(c, c_out, 1, act=False)]
+        else:
+            layers = [conv_norm(c_in, c, 1), conv_norm(c, c, 3, stride, groups=c),
+                      SqueezeExcite(c, max(1, c_in // 4)), conv_norm(c, c_out, 1, act=False)]
+        self.block = nn.Sequential(*layers)
+        self.residual = stride == 1 and c_in == c_out
+
+    def forward(self, x):
+        return x + self.block(x) if self.residual else self.block(x)                    # (B, C_out, H/stride, W/stride)
+
+
+class SemanticEncoder(nn.Module):
+    """Pixels -> the semantic latent that Stage C learns to imagine and Stage B to paint from."""
+
+    def __init__(self, config: SemanticEncoderConfig):
+        super().__init__()
+        self.config = config
+        self.backbone = nn.Sequential(conv_norm(3, config.stem, 3, stride=2))
+        c = config.stem
+        for (fused, expansion, width, blocks), stride in zip(config.stages, STRIDES):
+            self.backbone.append(nn.Sequential(*(
+                MBConv(width if i else c, width, fused, expansion, 1 if i else stride) for i in range(blocks))))
+            c = width
+        self.backbone.append(conv_norm(c, config.head, 1))
+        self.mapper = nn.Sequential(nn.Conv2d(config.head, config.latent, 1, bias=False),
+                                    nn.BatchNorm2d(config.latent, affine=False))
+
+    def forward(self, image):
+        """(B, 3, H, W) in [0, 1] -> (B, 16, H/32, W/32). The official size is 3/4 of the picture: 768 for 1024."""
+        mean, std = (image.new_tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+        return self.mapper(self.backbone((image - mean) / std))
+
+
+# ------------------------------------------------------------------------------------------------ the previewer
+
+@dataclass(frozen=True)
+class PreviewerConfig:
+    widths: tuple[int, ...] = (512, 256, 128, 128)      # channels at 1, 2, 4 and 8 times the latent's size
+    latent: int = 16
+
+
+class Previewer(nn.Module):
+    """Semantic latent -> a small picture, good enough to look on."""
+
+    def __init__(self, config: PreviewerConfig):
+        super().__init__()
+        self.config = config
+        c, layers = config.widths[0], []
+        convs = [nn.Conv2d(config.latent, c, 1), nn.Conv2d(c, c, 3, padding=1)]
+        for c_in, c in zip(config.widths, config.widths[1:]):
+            convs += [nn.ConvTranspose2d(c_in, c, 2, stride=2), nn.Conv2d(c, c, 3, padding=1)]
+        for conv in convs:
+            layers += [conv, nn.GELU(), nn.BatchNorm2d(conv.out_channels)]
+        self.blocks = nn.Sequential(*layers, nn.Conv2d(c, 3, 1))
+
+    def forward(self, latent):
+        """(B, 16, h, w) -> pixels (B, 3, 8h, 8w), about [0, 1] and not clamped."""
+        return self.blocks(latent)
+
+
+# ------------------------------------------------------------------------------------------------ reading files
+# A network is known by one tensor that no other has, and sized by the shapes of its tensors.
+
+SIGNS = {"stage_b": "effnet_mapper.0.weight", "stage_c": "clip_txt_mapper.weight", "stage_a": "vquantizer.codebook.weight",
+         "effnet_encoder": "mapper.0.weight", "text_encoder": "text_model.embeddings.token_embedding.weight",
+         "previewer": "blocks.0.weight"}
+
+# Where a diffusers file says another name than the original one. Query, key and value are three tensors there, one here.
+DIFFUSERS = (("attention.to_q.", "attention.attn.in_proj_"), ("attention.to_k.", "attention.attn.in_proj_"),
+             ("attention.to_v.", "attention.attn.in_proj_"), ("attention.to_out.0.", "attention.attn.out_proj."),
+             ("vquantizer.embedding.", "vquantizer.codebook."))
+
+
+class Weights(dict):
+    """A safetensors file as {official name: shape}, whatever layout it has. Asking for a tensor that is not there names it."""
+
+    def __init__(self, path):
+        self.path = path
+        try:
+            self.file = safe_open(path, framework="pt")
+        except FileNotFoundError:
+            raise CascadeError(f"{path}: there is no such file") from None
+        except (SafetensorError, OSError) as error:
+            raise CascadeError(f"{path}: not a whole safetensors file ({error}); only safetensors are read, never a "
+                               "pickle (.pt, .ckpt, .bin): get the official .safetensors file again") from None
+        self.metadata = self.file.metadata() or {}
+        names = sorted(self.file.keys(), key=lambda name: (".to_k." in name) + 2 * (".to_v." in name))   # q, k, v
+        self.sources = {}       # official name -> the names in the file whose tensors, stacked, make it
+        for name in names:
+            self.sources.setdefault(self._official(name, names), []).append(name)
+        for name, parts in self.sources.items():
+            shapes = [self.file.get_slice(part).get_shape() for part in parts]
+            self[name] = (sum(shape[0] for shape in shapes), *shapes[0][1:]) if len(shapes) > 1 else tuple(shapes[0])
+        self.kind = next((kind for kind, sign in SIGNS.items() if sign in self), None)
+
+    def __missing__(self, name):
+        raise CascadeError(f"{self.path}: tensor {name} is missing")
+
+    @staticmethod
+    def _official(name, names):
+        for theirs, ours in DIFFUSERS:
+            name = name.replace(theirs, ours)
+        if "effnet_mapper.0.weight" in names:
+            name = name.replace("clip_txt_pooled_mapper.", "clip_mapper.")
+        return name
+
+    def fill(self, network, device, dtype):
+        """Puts the file's tensors in place of a meta network's: one copy of the weights at most, none where neither
+        type nor device changes (then they stay in the file, mapped into memory)."""
+        wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+        for name, shape in wanted.items():
+            if self[name] != shape:
+                raise CascadeError(f"{self.path}: tensor {name} has shape {self[name]}, wanted is {shape}")
+        for name in self:
+            if name not in wanted:
+                raise CascadeError(f"{self.path}: tensor {name} is unexpected in a {self.kind}")
+        state = {}
+        for name in self:
+            tensor = self.tensor(name)
+            state[name] = tensor.to(device, dtype if tensor.is_floating_point() else None)
+        network.load_state_dict(state, assign=True)
+        return network.requires_grad_(False).eval()
+
+    def tensor(self, name):
+        self[name]                                      # says so where it is missing
+        parts = [self.file.get_tensor(part) for part in self.sources[name]]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def count(self, pattern, start=0):
+        """How many of pattern.format(start), pattern.format(start + 1), ... there are, without a gap."""
+        return next(i for i in itertools.count() if pattern.format(start + i) not in self)
+
+    def config(self):
+        """What the config.json beside the file says; diffusers and transformers folders have one."""
+        path = Path(self.path).parent / "config.json"
+        try:
+            return json.loads(path.read_text()) if path.exists() else {}
+        except ValueError as error:
+            raise CascadeError(f"{path}: not valid JSON ({error})") from None
+
+
+def unet_config(shapes):
+    semantic = "effnet_mapper.0.weight" in shapes
+    pooled = shapes["clip_mapper.weight" if semantic else "clip_txt_pooled_mapper.weight"]      # (4 * c_cond, D)
+    marks = {"R": "depthwise.weight", "T": "mapper.weight", "A": "kv_mapper.1.weight"}
+
+    def kinds(level):
+        found = ""
+        while kind := next((kind for kind, mark in marks.items() if f"{level}.{len(found)}.{mark}" in shapes), ""):
+            found += kind
+        return found
+
+    levels = shapes.count("down_blocks.{}.0.depthwise.weight")
+    patch = 2 if semantic else 1
+    return UNetConfig(
+        widths=tuple(shapes[f"down_blocks.{i}.0.depthwise.weight"][0] for i in range(levels)),
+        down=tuple(kinds(f"down_blocks.{i}") for i in range(levels)),
+        up=tuple(kinds(f"up_blocks.{i}") for i in range(levels)),
+        down_repeat=tuple(1 + shapes.count(f"down_repeat_mappers.{i}.{{}}.weight") for i in range(levels)),
+        up_repeat=tuple(1 + shapes.count(f"up_repeat_mappers.{i}.{{}}.weight") for i in range(levels)),
+        c_cond=pooled[0] // CLIP_TOKENS, text=pooled[1], patch=patch, latent=shapes["embedding.1.weight"][1] // patch ** 2,
+        extras=tuple(name for name in ("sca", "crp") if any(f".mapper_{name}." in tensor for tensor in shapes)),
+        image=0 if semantic else shapes["clip_img_mapper.weight"][1],
+        semantic=shapes["effnet_mapper.0.weight"][1] if semantic else 0,
+        switch=None if "down_downscalers.1.1.weight" in shapes else (False,) * (levels - 1))
+
+
+def stage_a_config(shapes):
+    widths = [shapes["in_block.1.weight"][0]]
+    while (name := f"down_blocks.{2 * len(widths) - 1}.weight") in shapes:
+        widths.append(shapes[name][0])
+    codes, latent = shapes["vquantizer.codebook.weight"]
+    scale_factor = shapes.config().get("scale_factor", StageAConfig.scale_factor)
+    return StageAConfig(tuple(widths), latent, shapes.count("up_blocks.{}.gammas", start=1), codes, scale_factor)
+
+
+def semantic_encoder_config(shapes):
+    c = stem = shapes["backbone.0.0.weight"][0]
+    stages = []
+    for i in range(1, 1 + len(STRIDES)):
+        block = f"backbone.{i}.0.block"
+        hidden, _, kernel, _ = shapes[f"{block}.0.0.weight"]
+        last = next(f"{block}.{j}.0.weight" for j in (3, 1, 0) if f"{block}.{j}.0.weight" in shapes)
+        stages.append((kernel == 3, hidden // c, shapes[last][0], shapes.count(f"backbone.{i}.{{}}.block.0.0.weight")))
+        c = shapes[last][0]
+    latent, head = shapes["mapper.0.weight"][:2]
+    return SemanticEncoderConfig(stem, tuple(stages), head, latent)
+
+
+def previewer_config(shapes):
+    widths = []
+    while (name := f"blocks.{6 * len(widths) + 2}.weight") in shapes:       # a batch norm: the last convolution has none
+        widths.append(shapes[name][0])
+    return PreviewerConfig(tuple(widths), shapes["blocks.0.weight"][1])
+
+
+NETWORKS = {"stage_b": (UNet, unet_config), "stage_c": (UNet, unet_config), "stage_a": (StageA, stage_a_config),
+            "effnet_encoder": (SemanticEncoder, semantic_encoder_config), "previewer": (Previewer, previewer_config)}
+
+
+def load(path, device="cpu", dtype=None, expect=None):
+    """Opens any official file, in the original layout or the diffusers one, and returns the network inside, ready to run.
+
+    dtype   of the weights; the file's own if None
+    expect  one of NETWORKS: anything else in the file is an error
+    """
+    weights = Weights(path)
+    if weights.kind not in NETWORKS or expect not in (None, weights.kind):
+        raise CascadeError(f"{path}: wanted is {expect or 'one of ' + ', '.join(NETWORKS)}, "
+                           f"the file holds {weights.kind or 'no network known here'}")
+    network, read_config = NETWORKS[weights.kind]
+    config = read_config(weights)
+    with torch.device("meta"):
+        network = network(config)
+    return weights.fill(network, device, dtype)
