@@ -1,17 +1,18 @@
 """Stable Cascade from a prompt to a picture.
 
-    python cascade.py "a large red circle on a white background" -o picture.png
+    python cascade.py "a large red circle on a white background"
+    python cascade.py "a small blue star" --images 4 --seed 7 -o star.png       star-0.png to star-3.png, seeds 7 to 10
+    python cascade.py "a circle" --negative "red" --guidance 6
+    python cascade.py "a green heart" -o heart.safetensors                      Stage C alone: saves semantic latents
+    python cascade.py --latents heart.safetensors -o heart.png                  Stage B and A: draws them
+    python cascade.py "an astronaut" --weights weights/official --lite --dtype bf16
 
-    cascade = Cascade("weights/tiny")
-    picture, = cascade("a large red circle on a white background")
-
-The journey: the text tower reads the prompt; Stage C imagines a semantic latent, 42.67 times smaller than the picture on
-each side; Stage B paints an image latent from it, 4 times smaller; Stage A turns that into pixels. Each network is loaded
-just before its turn and released after it.
-
-Letters: P prompts, N pictures (P times the images per prompt), H W pixels, h w the semantic latent's sides,
-y x the image latent's, L text tokens, D text width.
+The journey: the text tower reads the prompt; Stage C imagines a semantic latent, 42.67 times smaller than the picture
+on each side; Stage B paints an image latent from it, 4 times smaller; Stage A turns that into pixels. Each network is
+loaded just before its turn and released after it.
 """
+# Letters: P prompts, N pictures (P times the images per prompt), H W pixels, h w the semantic latent's sides,
+# y x the image latent's, L text tokens, D text width.
 import argparse
 import io
 import json
@@ -36,7 +37,8 @@ from model import CascadeError, Weights
 from sampler import draw, generators, sample
 
 COMPRESSION = 42.67                                     # pixels per position of the semantic latent
-SMALLEST, LARGEST = 64, 8192                            # sides of a picture
+LIMITS = {"width": (64, 8192), "height": (64, 8192), "steps": (1, 1000), "prior_steps": (0, 1000),
+          "guidance": (0.0, 100.0), "images": (1, 1000), "seed": (0, 2 ** 63 - 1)}
 TINY = Path(__file__).resolve().parent / "weights" / "tiny"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OUTPUTS = ("pil", "np", "pt", "latent")
@@ -62,18 +64,21 @@ def find(folder, name):
                        "README, 'The official weights', says how to get it")
 
 
-def check(name, value, low, high, kind=numbers.Integral):
-    if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
-        number = "whole number" if kind is numbers.Integral else "number"
-        raise CascadeError(f"{name} is {value!r}; wanted is a {number} from {low} to {high}")
+def check(**values):
+    """Numbers within their limits, or an error that says which is not."""
+    for name, value in values.items():
+        low, high = LIMITS[name]
+        kind, what = (numbers.Real, "number") if isinstance(low, float) else (numbers.Integral, "whole number")
+        if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
+            raise CascadeError(f"{name} is {value!r}; wanted is a {what} from {low} to {high}")
 
 
-def check_strings(name, value):
+def strings(name, value):
     """A string or a list of them -> a list."""
-    strings = [value] if isinstance(value, str) else value
-    if not isinstance(strings, (list, tuple)) or not strings or not all(isinstance(string, str) for string in strings):
+    found = [value] if isinstance(value, str) else value
+    if not isinstance(found, (list, tuple)) or not found or not all(isinstance(string, str) for string in found):
         raise CascadeError(f"{name} is {value!r:.80}; wanted is a string or a list of strings")
-    return list(strings)
+    return list(found)
 
 
 @dataclass(frozen=True)
@@ -97,72 +102,63 @@ class Cascade:
     keep            keeps every network in memory after its turn
     """
 
-    def __init__(self, folder=TINY, device="cpu", dtype="fp32", lite=False, decoder_dtype=None, keep=False, progress=False):
+    def __init__(self, folder=TINY, device="cpu", dtype="fp32", lite=False, decoder_dtype=None, keep=False,
+                 progress=False):
         if not Path(folder).is_dir():
             raise CascadeError(f"{folder}: there is no such weights folder")
         if lite not in (False, True, "prior", "decoder"):
             raise CascadeError(f"lite is {lite!r}; wanted is True, False, 'prior' or 'decoder'")
-        self.folder, self.keep, self.progress, self.kept = Path(folder), keep, progress, {}
-        self.names = {"text_encoder": "text_encoder", "stage_a": "stage_a",
-                      "stage_c": "stage_c_lite" if lite in (True, "prior") else "stage_c",
-                      "stage_b": "stage_b_lite" if lite in (True, "decoder") else "stage_b"}
-        self.device = self._device(device)
-        self.dtype = self._dtype(dtype)
-        self.decoder_dtype = self._dtype(dtype if decoder_dtype is None else decoder_dtype)
-
-    @staticmethod
-    def _device(device):
         try:
             torch.zeros(1, device=device).item()
         except (RuntimeError, AssertionError, TypeError) as error:
-            raise CascadeError(f"device {device!r} cannot be used here ({str(error).splitlines()[0]}); try cpu") from None
-        return torch.device(device)
-
-    def _dtype(self, dtype):
-        dtype = DTYPES.get(dtype, dtype)
-        if dtype not in DTYPES.values():
-            raise CascadeError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
-        if dtype == torch.bfloat16 and self.device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
-            raise CascadeError("this GPU has no bf16; use fp16 or fp32")
-        return dtype
+            raise CascadeError(f"device {device!r} cannot be used ({str(error).splitlines()[0]}); try cpu") from None
+        dtypes = [DTYPES.get(dtype, dtype), DTYPES.get(decoder_dtype or dtype, decoder_dtype)]
+        if not all(dtype in DTYPES.values() for dtype in dtypes):
+            raise CascadeError(f"dtype {dtype!r} or {decoder_dtype!r} is none of {', '.join(DTYPES)}")
+        self.folder, self.device, self.keep, self.progress = Path(folder), torch.device(device), keep, progress
+        if self.device.type == "cuda" and torch.bfloat16 in dtypes and not torch.cuda.is_bf16_supported(False):
+            raise CascadeError(f"device {device!r} has no bf16; use fp16 or fp32")
+        lite_c, lite_b = ("_lite" if lite in (True, half) else "" for half in ("prior", "decoder"))
+        # network -> (its name in PLACES, its type)
+        self.stages = {"text_encoder": ("text_encoder", dtypes[0]), "stage_c": (f"stage_c{lite_c}", dtypes[0]),
+                       "stage_b": (f"stage_b{lite_b}", dtypes[1]), "stage_a": ("stage_a", dtypes[1])}
+        self.kept = {}
 
     def file(self, name):
-        return find(self.folder, self.names[name])
+        return find(self.folder, self.stages[name][0])
 
     def used(self, *names):
-        """What a PNG says of the networks: file, device and type of each."""
-        return {name: f"{os.path.relpath(self.file(name))}, {self.device}, {self._dtype_of(name)}" for name in names}
-
-    def _dtype_of(self, name):
-        return self.decoder_dtype if name in ("stage_b", "stage_a") else self.dtype
+        """What a picture says of the networks: file, device and type of each."""
+        return {name: f"{os.path.relpath(self.file(name))}, {self.device}, {self.stages[name][1]}" for name in names}
 
     def network(self, name):
         """text_encoder, stage_c, stage_b or stage_a, ready to run."""
         if name in self.kept:
             return self.kept[name]
+        path, dtype = self.file(name), self.stages[name][1]
         if name == "text_encoder":
-            network = text_encoder.load(self.file(name), self.device, self._dtype_of(name))
+            network = text_encoder.load(path, self.device, dtype)
         else:
-            network = model.load(self.file(name), self.device, self._dtype_of(name), expect=name)
+            network = model.load(path, self.device, dtype, expect=name)
         if self.keep:
             self.kept[name] = network
         return network
 
     def size(self, width, height):
-        """Fills in what is None: the size that the Stage C file says it was trained for, or 1024 where it does not say."""
+        """Fills in what is None: what the Stage C file says it was trained for, or 1024 where it does not say."""
         if width is None or height is None:
             said = Weights(self.file("stage_c")).metadata
             width = int(said.get("width", 1024)) if width is None else width
             height = int(said.get("height", 1024)) if height is None else height
-        check("width", width, SMALLEST, LARGEST), check("height", height, SMALLEST, LARGEST)
+        check(width=width, height=height)
         return width, height
 
     @torch.inference_mode()
     def read(self, prompts, negative=""):
         """Prompts, and what is not wanted for all of them or for each -> Text, for both stages."""
-        prompts, negative = check_strings("prompts", prompts), check_strings("negative", negative)
+        prompts, negative = strings("prompts", prompts), strings("negative", negative)
         if len(negative) not in (1, len(prompts)):
-            raise CascadeError(f"{len(negative)} negative prompts for {len(prompts)} prompts; wanted is one, or one for each")
+            raise CascadeError(f"{len(negative)} negatives for {len(prompts)} prompts; wanted is one for each, or one for all")
         rows = prompts + (negative * len(prompts) if len(negative) == 1 else negative)
         unique = list(dict.fromkeys(rows))
         ids, mask = text_encoder.Tokenizer(self.folder / "tokenizer")(unique)           # each (unique, L)
@@ -176,16 +172,15 @@ class Cascade:
         latents = sample(unet, shape, condition, steps, guidance, sources)
         for i, x in enumerate(tqdm(latents, label, steps, disable=not self.progress), 1):
             if not x.isfinite().all():
-                raise CascadeError(f"{label}: the latent is not finite after step {i} of {steps}; {unet.clf[1].weight.dtype} "
-                                   "may be too narrow for these weights: try bf16 or fp32")
+                raise CascadeError(f"{label}: the latent is not finite after step {i} of {steps}; the weights may be "
+                                   f"broken, or too large for {self.stages[name][1]}: try bf16 or fp32")
         return x                                                                        # (N, *shape), fp32
 
     @torch.inference_mode()
     def prior(self, prompts, negative="", width=None, height=None, steps=20, guidance=4.0, images=1, seed=0):
         """Stage C: prompts -> semantic latents (N, 16, h, w), fp32. prompts may be a Text that was read before."""
         width, height = self.size(width, height)
-        check("steps", steps, 1, 1000), check("guidance", guidance, 0, 100, numbers.Real)
-        check("images", images, 1, 1000), check("seed", seed, 0, 2 ** 63 - 1)
+        check(steps=steps, guidance=guidance, images=images, seed=seed)
         text = prompts if isinstance(prompts, Text) else self.read(prompts, negative)
         condition = {"clip_text": text.rows(text.hidden, images, guidance > 1),
                      "clip_text_pooled": text.rows(text.pooled, images, guidance > 1)}
@@ -209,8 +204,7 @@ class Cascade:
         h, w = latents.shape[2:]
         width, height = self.size(int(w * COMPRESSION) if width is None else width,
                                   int(h * COMPRESSION) if height is None else height)
-        check("steps", steps, 1, 1000), check("guidance", guidance, 0, 100, numbers.Real)
-        check("seed", seed, 0, 2 ** 63 - 1), check("prior_steps", prior_steps, 0, 1000)
+        check(steps=steps, guidance=guidance, seed=seed, prior_steps=prior_steps)
         if output not in OUTPUTS:
             raise CascadeError(f"output is {output!r}; wanted is one of {', '.join(OUTPUTS)}")
         if (h, w) != (math.ceil(height / COMPRESSION), math.ceil(width / COMPRESSION)):
@@ -230,21 +224,23 @@ class Cascade:
         z = self._sample("stage_b", shape, condition, steps, guidance, sources)         # (N, 4, y, x)
         if output == "latent":
             return z
-        stage_a = self.network("stage_a")
-        pictures = torch.cat([stage_a.decode(one[None].to(self.decoder_dtype)).float() for one in z])
+        stage_a, dtype = self.network("stage_a"), self.stages["stage_a"][1]
+        pictures = torch.cat([stage_a.decode(one[None].to(dtype)).float() for one in z])
         pictures = pictures[:, :, :height, :width]                                      # (N, 3, H, W)
         if not pictures.isfinite().all():
-            raise CascadeError(f"Stage A: the picture is not finite in {self.decoder_dtype}; try bf16 or fp32")
+            raise CascadeError(f"Stage A: the picture is not finite in {dtype}; try bf16 or fp32")
         pictures = pictures.clamp(0, 1)
         if output == "pt":
             return pictures
         pictures = pictures.permute(0, 2, 3, 1).cpu().numpy()                           # (N, H, W, 3)
-        return pictures if output == "np" else [Image.fromarray((one * 255).round().astype(np.uint8)) for one in pictures]
+        if output == "np":
+            return pictures
+        return [Image.fromarray((picture * 255).round().astype(np.uint8)) for picture in pictures]
 
     def __call__(self, prompts, negative="", width=None, height=None, steps=20, guidance=4.0, decoder_steps=10,
                  decoder_guidance=0.0, images=1, seed=0, output="pil"):
         """Prompts -> pictures, `images` of each; picture i of all is drawn from seed + i. See `prior` and `decode`."""
-        for name in self.names:
+        for name in self.stages:
             self.file(name)                             # whatever is missing is missing now, not in ten minutes
         width, height = self.size(width, height)
         text = self.read(prompts, negative)
@@ -260,34 +256,27 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(arguments):
-    parser = Parser(formatter_class=argparse.RawDescriptionHelpFormatter, description="Draws what a prompt says.", epilog="""
-examples:
-  python cascade.py "a large red circle on a white background"
-  python cascade.py "a small blue star" --images 4 --seed 7 -o star.png          # star-0.png ... star-3.png, seeds 7 ... 10
-  python cascade.py "a circle" --negative "red" --guidance 6
-  python cascade.py "a green heart" -o heart.safetensors                         # Stage C alone: saves the semantic latents
-  python cascade.py --latents heart.safetensors -o heart.png                     # Stage B and A: draws them
-  python cascade.py "an astronaut in a garden" --weights weights/official --lite --dtype bf16""")
-    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to draw; several draw several pictures")
-    parser.add_argument("-o", "--output", default="picture.png", metavar="FILE",
-                        help="a .png, numbered where there are several; or a .safetensors, for the semantic latents alone")
-    parser.add_argument("--latents", metavar="FILE", help="draw these semantic latents, saved before, instead of a prompt")
-    parser.add_argument("--negative", default="", metavar="TEXT", help="what not to draw (needs guidance)")
-    parser.add_argument("--width", type=int, help="pixels, exactly (default: what the weights were trained for)")
-    parser.add_argument("--height", type=int)
-    parser.add_argument("--images", type=int, default=1, help="pictures per prompt (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the first picture; the next has the next (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=20, help="of Stage C (default: %(default)s)")
-    parser.add_argument("--guidance", type=float, default=4.0,
-                        help="how strictly Stage C follows the prompt; none up to 1 (default: %(default)s)")
-    parser.add_argument("--decoder-steps", type=int, default=10, help="of Stage B (default: %(default)s)")
-    parser.add_argument("--decoder-guidance", type=float, default=0.0, help="of Stage B (default: none)")
-    parser.add_argument("--weights", type=Path, default=TINY, metavar="FOLDER", help="(default: the small cascade, weights/tiny)")
-    parser.add_argument("--lite", nargs="?", const=True, default=False, choices=["prior", "decoder"],
-                        help="the lite Stage C and B; or one of them alone: --lite prior, --lite decoder")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
-    parser.add_argument("--dtype", default="fp32", choices=DTYPES, help="of the weights (default: %(default)s)")
-    parser.add_argument("--decoder-dtype", choices=DTYPES, help="of Stage B and A (default: as --dtype)")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("prompts", nargs="*", metavar="PROMPT", help="what to draw; several draw several pictures")
+    add("-o", "--output", default="picture.png", type=Path, metavar="FILE",
+        help="a .png, numbered where there are several; or a .safetensors, for the semantic latents alone")
+    add("--latents", metavar="FILE", help="draw these semantic latents, saved before, instead of a prompt")
+    add("--negative", default="", metavar="TEXT", help="what not to draw (needs guidance)")
+    add("--width", type=int, help="pixels, exactly (default: what the weights were trained for)")
+    add("--height", type=int)
+    add("--images", type=int, default=1, help="pictures per prompt (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of the first picture; the next has the next (default: %(default)s)")
+    add("--steps", type=int, default=20, help="of Stage C (default: %(default)s)")
+    add("--guidance", type=float, default=4.0, help="how strictly C obeys; up to 1 is none (default: %(default)s)")
+    add("--decoder-steps", type=int, default=10, help="of Stage B (default: %(default)s)")
+    add("--decoder-guidance", type=float, default=0.0, help="of Stage B (default: none)")
+    add("--weights", type=Path, default=TINY, metavar="FOLDER", help="(default: the small cascade, weights/tiny)")
+    add("--lite", nargs="?", const=True, default=False, choices=["prior", "decoder"],
+        help="the lite Stage C and B; or one of them alone: --lite prior, --lite decoder")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
+    add("--dtype", default="fp32", choices=DTYPES, help="of the weights (default: %(default)s)")
+    add("--decoder-dtype", choices=DTYPES, help="of Stage B and A (default: as --dtype)")
     return parser.parse_args(arguments)
 
 
@@ -312,14 +301,15 @@ def png(picture, used):
 
 
 def run(options):
-    output = Path(options.output)
+    output = options.output
     if output.suffix not in (".png", ".safetensors"):
         raise CascadeError(f"{output}: wanted is a name that ends in .png or .safetensors")
     if output.is_dir() or not os.access(output.absolute().parent, os.W_OK):
         raise CascadeError(f"{output}: cannot be written; is its folder there, and yours?")
     if bool(options.prompts) == bool(options.latents):
         raise CascadeError("wanted is a prompt, or --latents FILE, and not both")
-    cascade = Cascade(options.weights, options.device, options.dtype, options.lite, options.decoder_dtype, progress=True)
+    cascade = Cascade(options.weights, options.device, options.dtype, options.lite, options.decoder_dtype,
+                      progress=True)
 
     if options.latents:
         if output.suffix != ".png":
@@ -330,11 +320,11 @@ def run(options):
             used = json.loads(saved.metadata["cascade"])
             prompts, seed, width, height, steps = (used[key] for key in ("prompts", "seed", "width", "height", "steps"))
         except (KeyError, ValueError):
-            raise CascadeError(f"{options.latents}: this command did not save it, the metadata of its latents is not there") from None
+            raise CascadeError(f"{options.latents}: not saved by this command: it names no prompts") from None
         text = cascade.read(prompts, used["negative"])
     else:
         prompts, seed, steps = options.prompts, options.seed, options.steps
-        for name in ["text_encoder", "stage_c"] if output.suffix == ".safetensors" else cascade.names:
+        for name in ["text_encoder", "stage_c"] if output.suffix == ".safetensors" else cascade.stages:
             cascade.file(name)                          # whatever is missing is missing now, not in ten minutes
         width, height = cascade.size(options.width, options.height)
         text = cascade.read(prompts, options.negative)

@@ -1,7 +1,8 @@
 """The networks of Stable Cascade (Wuerstchen v3), each the official network at any size.
 
-    Stage C, Stage B    one UNet, sized differently: C imagines a semantic latent from text, B paints an image latent from it
-    Stage A             a VQGAN: image latent <-> pixels, 4 times larger on each side
+    UNet                Stage C imagines a semantic latent from text, Stage B paints an image latent from it:
+                        the same network, sized differently
+    StageA              a VQGAN: image latent <-> pixels, 4 times larger on each side
     SemanticEncoder     EfficientNet-V2-S: pixels -> semantic latent, 42.67 times smaller on each side
     Previewer           semantic latent -> a small picture, for looking on
 
@@ -18,7 +19,8 @@ ConvNeXt V2 (GRN), arXiv 2301.00808; EfficientNetV2, arXiv 2104.00298; Paella (S
 import itertools
 import json
 import math
-from dataclasses import dataclass, replace
+from collections import OrderedDict
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -77,7 +79,8 @@ def resize(x, size):
     """Bilinear with corners aligned, in fp32: (B, y, x, C) -> (B, *size, C)."""
     if x.shape[1:3] == size:
         return x
-    return F.interpolate(x.permute(0, 3, 1, 2).float(), size, mode="bilinear", align_corners=True).permute(0, 2, 3, 1).to(x.dtype)
+    y = F.interpolate(x.permute(0, 3, 1, 2).float(), size, mode="bilinear", align_corners=True)     # (B, C, *size)
+    return y.permute(0, 2, 3, 1).to(x.dtype)
 
 
 # ------------------------------------------------------------------------------------------------ the UNet of B and C
@@ -101,23 +104,17 @@ class UNetConfig:
     switch: tuple[bool, ...] | None = None      # Stage C: does the change to this level halve the resolution?
 
 
-def _stage_c(width, outer, inner):
-    return UNetConfig(widths=(width, width), down=("RTA" * outer, "RTA" * inner), up=("RTA" * inner, "RTA" * outer),
-                      down_repeat=(1, 1), up_repeat=(1, 1), c_cond=width, latent=16, patch=1, extras=("sca", "crp"),
-                      image=768, switch=(False,))
-
-
-def _stage_b(widths, counts, up_repeat):
-    levels = tuple(kinds * count for kinds, count in zip(("RT", "RT", "RTA", "RTA"), counts))
-    return UNetConfig(widths=widths, down=levels, up=levels[::-1], down_repeat=(1, 1, 1, 1), up_repeat=up_repeat,
-                      c_cond=1280, latent=4, patch=2, extras=("sca",), semantic=16)
-
-
+FOR_C = {"latent": 16, "patch": 1, "extras": ("sca", "crp"), "image": 768, "switch": (False,)}
+FOR_B = {"latent": 4, "patch": 2, "extras": ("sca",), "semantic": 16, "c_cond": 1280, "down_repeat": (1, 1, 1, 1)}
 UNETS = {
-    "stage_c": _stage_c(2048, 8, 24),                                                   # 3589 M parameters
-    "stage_c_lite": _stage_c(1536, 4, 12),                                              # 1031 M
-    "stage_b": _stage_b((320, 640, 1280, 1280), (2, 6, 28, 6), (3, 3, 2, 2)),           # 1563 M
-    "stage_b_lite": _stage_b((320, 576, 1152, 1152), (2, 4, 14, 4), (2, 2, 2, 2)),      # 700 M
+    "stage_c": UNetConfig((2048, 2048), ("RTA" * 8, "RTA" * 24), ("RTA" * 24, "RTA" * 8),                   # 3589 M
+                          down_repeat=(1, 1), up_repeat=(1, 1), c_cond=2048, **FOR_C),
+    "stage_c_lite": UNetConfig((1536, 1536), ("RTA" * 4, "RTA" * 12), ("RTA" * 12, "RTA" * 4),              # 1031 M
+                               down_repeat=(1, 1), up_repeat=(1, 1), c_cond=1536, **FOR_C),
+    "stage_b": UNetConfig((320, 640, 1280, 1280), ("RT" * 2, "RT" * 6, "RTA" * 28, "RTA" * 6),              # 1563 M
+                          ("RTA" * 6, "RTA" * 28, "RT" * 6, "RT" * 2), up_repeat=(3, 3, 2, 2), **FOR_B),
+    "stage_b_lite": UNetConfig((320, 576, 1152, 1152), ("RT" * 2, "RT" * 4, "RTA" * 14, "RTA" * 4),         # 700 M
+                               ("RTA" * 4, "RTA" * 14, "RT" * 4, "RT" * 2), up_repeat=(2, 2, 2, 2), **FOR_B),
 }
 
 
@@ -200,24 +197,13 @@ class AttentionBlock(nn.Module):
         return x + self.attention.attn(tokens, self.kv_mapper(cond)).view_as(x)
 
 
-class Switch(nn.Module):
-    """Change of level in Stage C: a 1x1 convolution and, where a level halves the resolution, a bilinear resize.
-    The official names count the resize as a layer even where there is none: `blocks.0` going down, `blocks.1` going up."""
-
-    def __init__(self, c_in, c_out, scale, up):
+class Resize(nn.Module):
+    def __init__(self, scale):
         super().__init__()
-        conv = Conv2d(c_in, c_out, 1)
         self.scale = scale
-        self.blocks = nn.ModuleList([nn.Identity(), conv] if up else [conv, nn.Identity()])
 
     def forward(self, x):
-        if self.scale > 1:
-            x = resize(x, (x.shape[1] * 2, x.shape[2] * 2))                             # (B, 2y, 2x, C)
-        for block in self.blocks:
-            x = block(x)
-        if self.scale < 1:
-            x = resize(x, (x.shape[1] // 2, x.shape[2] // 2))                           # (B, y/2, x/2, C)
-        return x
+        return resize(x, (int(x.shape[1] * self.scale), int(x.shape[2] * self.scale)))  # (B, scale*y, scale*x, C)
 
 
 class UNet(nn.Module):
@@ -236,22 +222,19 @@ class UNet(nn.Module):
             self.clip_txt_pooled_mapper = nn.Linear(config.text, c_cond * CLIP_TOKENS)
             self.clip_img_mapper = nn.Linear(config.image, c_cond * CLIP_TOKENS)
         self.clip_norm = LayerNorm(c_cond)
-        self.embedding = nn.Sequential(PixelUnshuffle(config.patch), Conv2d(config.latent * config.patch ** 2, c, 1),
-                                       LayerNorm(c))
+        patched = config.latent * config.patch ** 2
+        self.embedding = nn.Sequential(PixelUnshuffle(config.patch), Conv2d(patched, c, 1), LayerNorm(c))
 
-        self.down_blocks, self.down_downscalers, self.down_repeat_mappers = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
-        for i, width in enumerate(widths):
-            self.down_downscalers.append(self._change(i - 1, i) if i else nn.Identity())
-            self.down_blocks.append(self._level(width, config.down[i]))
-            self.down_repeat_mappers.append(nn.ModuleList(Conv2d(width, width, 1) for _ in range(config.down_repeat[i] - 1)))
-
-        self.up_blocks, self.up_upscalers, self.up_repeat_mappers = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
-        for j, i in enumerate(reversed(range(len(widths)))):
-            self.up_blocks.append(self._level(widths[i], config.up[j], c_skip=widths[i] if j else 0))
-            self.up_repeat_mappers.append(
-                nn.ModuleList(Conv2d(widths[i], widths[i], 1) for _ in range(config.up_repeat[j] - 1)))
-            self.up_upscalers.append(self._change(i, i - 1) if i else nn.Identity())
-        self.clf = nn.Sequential(LayerNorm(c), Conv2d(c, config.latent * config.patch ** 2, 1), PixelShuffle(config.patch))
+        levels = range(len(widths))
+        self.down_downscalers = nn.ModuleList(self._change(i - 1, i) if i else nn.Identity() for i in levels)
+        self.down_blocks = nn.ModuleList(self._level(widths[i], config.down[i]) for i in levels)
+        self.down_repeat_mappers = nn.ModuleList(self._repeat(widths[i], config.down_repeat[i]) for i in levels)
+        deepest_first = list(enumerate(reversed(levels)))
+        self.up_blocks = nn.ModuleList(
+            self._level(widths[i], config.up[j], c_skip=widths[i] if j else 0) for j, i in deepest_first)
+        self.up_repeat_mappers = nn.ModuleList(self._repeat(widths[i], config.up_repeat[j]) for j, i in deepest_first)
+        self.up_upscalers = nn.ModuleList(self._change(i, i - 1) if i else nn.Identity() for _, i in deepest_first)
+        self.clf = nn.Sequential(LayerNorm(c), Conv2d(c, patched, 1), PixelShuffle(config.patch))
 
     @staticmethod
     def _mapper(c_in, c):
@@ -263,23 +246,29 @@ class UNet(nn.Module):
                  "A": lambda i: AttentionBlock(c, self.config.c_cond)}
         return nn.ModuleList(build[kind](i) for i, kind in enumerate(kinds))
 
+    @staticmethod
+    def _repeat(c, passes):
+        return nn.ModuleList(Conv2d(c, c, 1) for _ in range(passes - 1))
+
     def _change(self, i, j):
-        """From level i to its neighbour j."""
-        c_in, c_out, up = self.config.widths[i], self.config.widths[j], j < i
-        if self.config.switch is None:
+        """From level i to its neighbour j. In Stage C the 1x1 convolution is `blocks.0` going down, `blocks.1` going up:
+        the names count a resize, which is there even where it leaves the resolution as it is."""
+        c_in, c_out, up, switch = self.config.widths[i], self.config.widths[j], j < i, self.config.switch
+        if switch is None:
             change = (ConvTranspose2d if up else Conv2d)(c_in, c_out, 2, stride=2)
         else:
-            change = Switch(c_in, c_out, (2 if up else 0.5) if self.config.switch[min(i, j)] else 1, up)
+            conv, scale = Conv2d(c_in, c_out, 1), (2 if up else 0.5) if switch[min(i, j)] else 1
+            layers = [Resize(scale), conv] if up else [conv, Resize(scale)]
+            change = nn.Sequential(OrderedDict(blocks=nn.Sequential(*layers)))
         return nn.Sequential(LayerNorm(c_in), change)
 
     def embed_time(self, r, sca, crp):
-        """r and, as the network has them, sca and crp, each (B,) in [0, 1], 0 if None -> (B, 64 * how many)."""
-        half = HEAD_WIDTH // 2
+        """r and what the network has of sca and crp, each (B,) in [0, 1], or None for 0 -> (B, 64 * how many)."""
+        half, extras = HEAD_WIDTH // 2, {"sca": sca, "crp": crp}
         frequencies = torch.arange(half, device=r.device).float().mul(-math.log(10000) / (half - 1)).exp()
-        extras = {"sca": sca, "crp": crp}
         times = [r, *(torch.zeros_like(r) if extras[name] is None else extras[name] for name in self.config.extras)]
-        angles = (torch.stack(times, dim=1).float() * 10000)[:, :, None] * frequencies              # (B, 1 + extras, 32)
-        return torch.cat([angles.sin(), angles.cos()], dim=2).flatten(1).to(self.clf[1].weight.dtype)   # (B, 64 + 64*extras)
+        angles = torch.stack(times, dim=1)[:, :, None] * 10000 * frequencies                        # (B, 1 + extras, 32)
+        return torch.cat([angles.sin(), angles.cos()], dim=2).flatten(1)                            # (B, 64 + 64 * extras)
 
     def embed_clip(self, pooled, text, image):
         """The condition's tokens: 4 of the pooled text, in Stage C after the text's L and before 4 of every image."""
@@ -293,7 +282,8 @@ class UNet(nn.Module):
                                 self.clip_img_mapper(image).view(B, -1, c_cond)], dim=1)    # (B, L + 8, c_cond)
         return self.clip_norm(tokens)                                                   # (B, N, c_cond)
 
-    def forward(self, x, r, clip_text_pooled, clip_text=None, clip_img=None, effnet=None, pixels=None, sca=None, crp=None):
+    def forward(self, x, r, clip_text_pooled, clip_text=None, clip_img=None, effnet=None, pixels=None, sca=None,
+                crp=None):
         """The noise in a latent.
 
         x                   (B, 16, h, w) for Stage C, (B, 4, H/4, W/4) with even sides for Stage B
@@ -306,7 +296,7 @@ class UNet(nn.Module):
         sca, crp            (B,), extra times; zeros if None
         returns             epsilon, shaped like x
         """
-        t = self.embed_time(r, sca, crp)
+        t = self.embed_time(r, sca, crp).to(x.dtype)                                    # (B, 64 * (1 + extras))
         cond = self.embed_clip(clip_text_pooled, clip_text, clip_img)
         x = self.embedding(x)                                                           # (B, y, x, C)
         if self.config.semantic:
@@ -516,18 +506,18 @@ class Previewer(nn.Module):
 # ------------------------------------------------------------------------------------------------ reading files
 # A network is known by one tensor that no other has, and sized by the shapes of its tensors.
 
-SIGNS = {"stage_b": "effnet_mapper.0.weight", "stage_c": "clip_txt_mapper.weight", "stage_a": "vquantizer.codebook.weight",
-         "effnet_encoder": "mapper.0.weight", "text_encoder": "text_model.embeddings.token_embedding.weight",
-         "previewer": "blocks.0.weight"}
+SIGNS = {"stage_b": "effnet_mapper.0.weight", "stage_c": "clip_txt_mapper.weight",
+         "stage_a": "vquantizer.codebook.weight", "effnet_encoder": "mapper.0.weight", "previewer": "blocks.0.weight",
+         "text_encoder": "text_model.embeddings.token_embedding.weight"}
 
-# Where a diffusers file says another name than the original one. Query, key and value are three tensors there, one here.
+# Where a diffusers file has another name than the original. Query, key and value are three tensors there, one here.
 DIFFUSERS = (("attention.to_q.", "attention.attn.in_proj_"), ("attention.to_k.", "attention.attn.in_proj_"),
              ("attention.to_v.", "attention.attn.in_proj_"), ("attention.to_out.0.", "attention.attn.out_proj."),
              ("vquantizer.embedding.", "vquantizer.codebook."))
 
 
 class Weights(dict):
-    """A safetensors file as {official name: shape}, whatever layout it has. Asking for a tensor that is not there names it."""
+    """A safetensors file as {official name: shape}, whatever its layout. Asking for what is not there names it."""
 
     def __init__(self, path):
         self.path = path
@@ -605,19 +595,20 @@ def unet_config(shapes):
             found += kind
         return found
 
-    levels = shapes.count("down_blocks.{}.0.depthwise.weight")
-    patch = 2 if semantic else 1
+    levels = range(shapes.count("down_blocks.{}.0.depthwise.weight"))
+    patch = 2 if semantic else 1                # cannot be read off the tensors
     return UNetConfig(
-        widths=tuple(shapes[f"down_blocks.{i}.0.depthwise.weight"][0] for i in range(levels)),
-        down=tuple(kinds(f"down_blocks.{i}") for i in range(levels)),
-        up=tuple(kinds(f"up_blocks.{i}") for i in range(levels)),
-        down_repeat=tuple(1 + shapes.count(f"down_repeat_mappers.{i}.{{}}.weight") for i in range(levels)),
-        up_repeat=tuple(1 + shapes.count(f"up_repeat_mappers.{i}.{{}}.weight") for i in range(levels)),
-        c_cond=pooled[0] // CLIP_TOKENS, text=pooled[1], patch=patch, latent=shapes["embedding.1.weight"][1] // patch ** 2,
+        widths=tuple(shapes[f"down_blocks.{i}.0.depthwise.weight"][0] for i in levels),
+        down=tuple(kinds(f"down_blocks.{i}") for i in levels),
+        up=tuple(kinds(f"up_blocks.{i}") for i in levels),
+        down_repeat=tuple(1 + shapes.count(f"down_repeat_mappers.{i}.{{}}.weight") for i in levels),
+        up_repeat=tuple(1 + shapes.count(f"up_repeat_mappers.{i}.{{}}.weight") for i in levels),
+        c_cond=pooled[0] // CLIP_TOKENS, text=pooled[1],
+        patch=patch, latent=shapes["embedding.1.weight"][1] // patch ** 2,
         extras=tuple(name for name in ("sca", "crp") if any(f".mapper_{name}." in tensor for tensor in shapes)),
         image=0 if semantic else shapes["clip_img_mapper.weight"][1],
         semantic=shapes["effnet_mapper.0.weight"][1] if semantic else 0,
-        switch=None if "down_downscalers.1.1.weight" in shapes else (False,) * (levels - 1))
+        switch=None if "down_downscalers.1.1.weight" in shapes else (False,) * (len(levels) - 1))
 
 
 def stage_a_config(shapes):
@@ -644,7 +635,7 @@ def semantic_encoder_config(shapes):
 
 def previewer_config(shapes):
     widths = []
-    while (name := f"blocks.{6 * len(widths) + 2}.weight") in shapes:       # a batch norm: the last convolution has none
+    while (name := f"blocks.{6 * len(widths) + 2}.weight") in shapes:       # a batch norm: the last has none
         widths.append(shapes[name][0])
     return PreviewerConfig(tuple(widths), shapes["blocks.0.weight"][1])
 
@@ -653,17 +644,18 @@ NETWORKS = {"stage_b": (UNet, unet_config), "stage_c": (UNet, unet_config), "sta
             "effnet_encoder": (SemanticEncoder, semantic_encoder_config), "previewer": (Previewer, previewer_config)}
 
 
-def load(path, device="cpu", dtype=None, expect=None):
-    """Opens any official file, in the original layout or the diffusers one, and returns the network inside, ready to run.
+def load(path, device="cpu", dtype=None, expect=None, networks=NETWORKS):
+    """Opens any official file, in the original or the diffusers layout, and returns the network inside, ready to run.
 
-    dtype   of the weights; the file's own if None
-    expect  one of NETWORKS: anything else in the file is an error
+    dtype       of the weights; the file's own if None
+    expect      one of the networks: anything else in the file is an error
+    networks    {kind: (class, function that reads its config off the Weights)}
     """
     weights = Weights(path)
-    if weights.kind not in NETWORKS or expect not in (None, weights.kind):
-        raise CascadeError(f"{path}: wanted is {expect or 'one of ' + ', '.join(NETWORKS)}, "
+    if weights.kind not in networks or expect not in (None, weights.kind):
+        raise CascadeError(f"{path}: wanted is {expect or ' or '.join(networks)}, "
                            f"the file holds {weights.kind or 'no network known here'}")
-    network, read_config = NETWORKS[weights.kind]
+    network, read_config = networks[weights.kind]
     config = read_config(weights)
     with torch.device("meta"):
         network = network(config)

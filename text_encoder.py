@@ -20,7 +20,8 @@ from tokenizers import Regex, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as BytePairTokenizer
 from torch import nn
 
-from model import HEAD_WIDTH, CascadeError, Weights
+import model
+from model import HEAD_WIDTH, CascadeError
 
 LENGTH = 77                                             # tokens of a prompt, start and end included
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -30,8 +31,8 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 def build_tokenizer(vocab, merges):
     """CLIP's byte-level BPE from its two files; a tokenizer.json says the same."""
-    ranks = [tuple(line.split()) for line in merges.read_text(encoding="utf-8").splitlines() if line[:8] != "#version"]
-    tokenizer = BytePairTokenizer(models.BPE(json.loads(vocab.read_text(encoding="utf-8")), [r for r in ranks if len(r) == 2],
+    lines = [line for line in merges.read_text("utf-8").splitlines() if line and not line.startswith("#version")]
+    tokenizer = BytePairTokenizer(models.BPE(json.loads(vocab.read_text("utf-8")), [tuple(line.split()) for line in lines],
                                              end_of_word_suffix="</w>", unk_token=END))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
@@ -110,30 +111,18 @@ class SelfAttention(nn.Module):
         return self.out_proj(y.transpose(1, 2).flatten(2))                                  # (B, L, D)
 
 
-class MLP(nn.Module):
-    def __init__(self, width, hidden, act):
-        super().__init__()
-        self.act = ACTS[act]
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
-
-    def forward(self, x):
-        return self.fc2(self.act(self.fc1(x)))
-
-
 class Layer(nn.Module):
     """Pre-LN transformer layer."""
 
     def __init__(self, width, hidden, act):
         super().__init__()
-        self.self_attn = SelfAttention(width)
-        self.layer_norm1 = nn.LayerNorm(width)
-        self.mlp = MLP(width, hidden, act)
-        self.layer_norm2 = nn.LayerNorm(width)
+        self.self_attn, self.act = SelfAttention(width), ACTS[act]
+        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, hidden), "fc2": nn.Linear(hidden, width)})
 
     def forward(self, x, mask):
-        x = x + self.self_attn(self.layer_norm1(x), mask)
-        return x + self.mlp(self.layer_norm2(x))
+        x = x + self.self_attn(self.layer_norm1(x), mask)                                   # (B, L, D)
+        return x + self.mlp.fc2(self.act(self.mlp.fc1(self.layer_norm2(x))))
 
 
 class TextEncoder(nn.Module):
@@ -155,15 +144,28 @@ class TextEncoder(nn.Module):
         hidden    (B, L, D), the last layer's output, before the final norm: every row is used, pads too
         pooled    (B, 1, D), the projection of the row of the first end token, after the norm
         """
-        model, L = self.text_model, ids.shape[1]
-        x = model.embeddings.token_embedding(ids) + model.embeddings.position_embedding.weight[:L]     # (B, L, D)
+        tower, L = self.text_model, ids.shape[1]
+        x = tower.embeddings.token_embedding(ids) + tower.embeddings.position_embedding.weight[:L]     # (B, L, D)
         causal = torch.ones(L, L, dtype=torch.bool, device=ids.device).tril()                          # (L, L)
         visible = causal & mask.bool()[:, None, None, :]                                               # (B, 1, L, L)
-        for layer in model.encoder.layers:
+        for layer in tower.encoder.layers:
             x = layer(x, visible)
         first_end = (ids == self.config.end).int().argmax(dim=1)                                       # (B,)
         row = x[torch.arange(len(x), device=x.device), first_end]                                      # (B, D)
-        return x, self.text_projection(model.final_layer_norm(row)).unsqueeze(1)
+        return x, self.text_projection(tower.final_layer_norm(row)).unsqueeze(1)
+
+
+def text_config(shapes):
+    vocabulary, width = shapes["text_model.embeddings.token_embedding.weight"]
+    told = shapes.config()
+    act, end = told.get("hidden_act", TextConfig.act), told.get("eos_token_id", 2)
+    if act not in ACTS:
+        raise CascadeError(f"{shapes.path}: config.json says hidden_act {act!r}; wanted is {' or '.join(ACTS)}")
+    return TextConfig(vocabulary, shapes["text_model.embeddings.position_embedding.weight"][0], width,
+                      layers=shapes.count("text_model.encoder.layers.{}.layer_norm1.weight"),
+                      hidden=shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0],
+                      projection=shapes["text_projection.weight"][0], act=act,
+                      end=vocabulary - 1 if end == 2 else end)         # old configs say 2 and mean the last row
 
 
 def load(path, device="cpu", dtype=None):
@@ -171,21 +173,6 @@ def load(path, device="cpu", dtype=None):
     the end token; without one these are exact GELU and the vocabulary's last row. dtype None keeps the file's own."""
     path = Path(path)
     if path.is_dir():
-        path = next((file for name in ("model.safetensors", "model.bf16.safetensors") if (file := path / name).exists()),
-                    path / "model.safetensors")
-    weights = Weights(path)
-    if weights.kind != "text_encoder":
-        raise CascadeError(f"{path}: wanted is text_encoder, the file holds {weights.kind or 'no network known here'}")
-    vocabulary, width = weights["text_model.embeddings.token_embedding.weight"]
-    told = weights.config()
-    if told.get("hidden_act", "gelu") not in ACTS:
-        raise CascadeError(f"{path.parent / 'config.json'}: hidden_act {told['hidden_act']!r} is none of {', '.join(ACTS)}")
-    end = told.get("eos_token_id", vocabulary - 1)
-    config = TextConfig(vocabulary, weights["text_model.embeddings.position_embedding.weight"][0], width,
-                        layers=weights.count("text_model.encoder.layers.{}.layer_norm1.weight"),
-                        hidden=weights["text_model.encoder.layers.0.mlp.fc1.weight"][0],
-                        projection=weights["text_projection.weight"][0], act=told.get("hidden_act", "gelu"),
-                        end=vocabulary - 1 if end == 2 else end)       # early configs say 2 and mean the last
-    with torch.device("meta"):
-        network = TextEncoder(config)
-    return weights.fill(network, device, dtype)
+        plain, bf16 = path / "model.safetensors", path / "model.bf16.safetensors"
+        path = bf16 if bf16.exists() and not plain.exists() else plain
+    return model.load(path, device, dtype, networks={"text_encoder": (TextEncoder, text_config)})

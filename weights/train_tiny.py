@@ -253,7 +253,7 @@ def start_from_the_noise(unet):
             mapper[2].weight[:2 * k].zero_(), mapper[2].bias[:2 * k].zero_()
             mapper[2].weight[2 * k::2].copy_(-mapper[2].weight[2 * k + 1::2])
         last = unet.up_upscalers[-2][1]
-        last = last if hasattr(last, "weight") else last.blocks[1]
+        last = last if hasattr(last, "weight") else last.blocks[1]      # Stage C's lies in a sequence of its own
         last.weight.zero_(), last.bias.zero_()
         first, second = unet.up_blocks[-1][0].channelwise[0], unet.up_blocks[-1][0].channelwise[4]
         first.weight[:2 * c].zero_(), first.bias[:2 * c].zero_()
@@ -274,24 +274,18 @@ def noise_loss(unet, x0, **condition):
     with torch.autocast("cpu", torch.bfloat16):
         epsilon = unet(x, t, **condition)
     error = (epsilon.float() - noise).square().mean((1, 2, 3))
-    return {"x0": (error * ((1 - ab) / ab).clamp(1, 20)).mean()}, error
+    return {"noise": (error * ((1 - ab) / ab).clamp(1, 20)).mean()}
 
 
-def cache(options, name, count, seed, two, compute, batch=64):
-    """The frozen networks' latents of many scenes, computed once: {name: tensor}, and the scenes themselves."""
-    path, all_scenes = options.work / f"cache_{name}.safetensors", scenes(count, seed, two)
+def cache(options, name, batches, compute):
+    """What a frozen network says of many pictures, computed once and kept in --work: (count, C, y, x), fp16."""
+    path, clock = options.work / f"cache_{name}.safetensors", time.time()
     if not path.exists():
-        parts, clock = [], time.time()
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-            for i in range(0, count, batch):
-                parts.append(compute(pictures(all_scenes[i:i + batch])))
-        write({key: torch.cat([part[key] for part in parts]).half() for key in parts[0]}, path)
-        print(f"{name}: {count} scenes cached in {time.time() - clock:.0f} s", flush=True)
-    return load_file(path), all_scenes
-
-
-def semantic_latent(encoder, image):
-    return encoder(shrink(image, SEMANTIC_SIDE)).float()
+            parts = [compute(pictures(batch)).half() for batch in batches]
+        write({"latents": torch.cat(parts)}, path)
+        print(f"{name}: {len(parts)} batches of latents cached in {time.time() - clock:.0f} s", flush=True)
+    return load_file(path)["latents"]
 
 
 # ------------------------------------------------------------------------------------------------ Stage B
@@ -302,22 +296,21 @@ def train_b(options):
     the semantic latents are zeros too, for guidance."""
     stage_a = load(options.out / "stage_a.safetensors", dtype=torch.float32)
     encoder = load(options.out / "effnet_encoder.safetensors", dtype=torch.float32)
-    data, _ = cache(options, "b", options.count or 40000, [3], 0.5, lambda image: {
-        "image": stage_a.encode(image).float(), "semantic": semantic_latent(encoder, image)})
+    batches = [scenes(64, [3, i]) for i in range(options.count // 64 if options.count else 640)]
+    images = cache(options, "b_images", batches, stage_a.encode)                        # (40960, 4, 32, 32)
+    semantics = cache(options, "b_semantics", batches, lambda image: encoder(shrink(image, SEMANTIC_SIDE)))
     unet = UNet(STAGE_B)
     start_from_the_noise(unet)
     nn.init.zeros_(unet.clip_mapper.weight)
 
     def loss_of(step):
-        rows = torch.randint(len(data["image"]), (48,))
-        semantic = data["semantic"][rows].float()
+        rows = torch.randint(len(images), (32,))
+        semantic = semantics[rows].float()                                              # (32, 16, 3, 3)
         semantic = semantic + NOISE * torch.randn_like(semantic)
         semantic = semantic * (torch.rand(len(rows)) > 0.1)[:, None, None, None]
-        losses, _ = noise_loss(unet, data["image"][rows].float(), clip_text_pooled=torch.zeros(len(rows), 1, 128),
-                               effnet=semantic)
-        return losses
+        return noise_loss(unet, images[rows].float(), clip_text_pooled=torch.zeros(len(rows), 1, 128), effnet=semantic)
 
-    unet = train("b", unet, loss_of, options.steps or 7500, 1e-3, options.work)
+    unet = train("b", unet, loss_of, options.steps or 8500, 1e-3, options.work)
     publish(unet, options.out / "stage_b.safetensors")
 
 
@@ -327,8 +320,9 @@ def train_c(options):
     """From a caption to the semantic latent; the text tower learns with it. A tenth of the captions are empty, for
     guidance."""
     encoder = load(options.out / "effnet_encoder.safetensors", dtype=torch.float32)
-    data, all_scenes = cache(options, "c", options.count or 120000, [4], 0.35,
-                             lambda image: {"semantic": semantic_latent(encoder, image)})
+    batches = [scenes(64, [4, i], two=0.35) for i in range(options.count // 64 if options.count else 1920)]
+    semantics = cache(options, "c_semantics", batches, lambda image: encoder(shrink(image, SEMANTIC_SIDE)))
+    all_scenes = sum(batches, [])                                                       # 122880
     tokenizer = Tokenizer(options.out / "tokenizer")
     vocabulary = tokenizer.bpe.get_vocab_size()
     text = TextEncoder(replace(TEXT, vocabulary=vocabulary, end=tokenizer.end))
@@ -339,14 +333,13 @@ def train_c(options):
 
     def loss_of(step):
         rng = np.random.default_rng([5, step])
-        rows = rng.integers(len(all_scenes), size=128)
+        rows = rng.integers(len(all_scenes), size=64)
         ids, mask = tokenizer(["" if rng.random() < 0.1 else shapes.caption(all_scenes[i], rng) for i in rows])
         with torch.autocast("cpu", torch.bfloat16):
             hidden, pooled = network.text(ids, mask)
-        losses, _ = noise_loss(network.unet, data["semantic"][rows].float(), clip_text_pooled=pooled, clip_text=hidden)
-        return losses
+        return noise_loss(network.unet, semantics[rows].float(), clip_text_pooled=pooled, clip_text=hidden)
 
-    network = train("c", network, loss_of, options.steps or 4500, 1e-3, options.work)
+    network = train("c", network, loss_of, options.steps or 8000, 1e-3, options.work)
     publish(network.unet, options.out / "stage_c.safetensors", {"width": str(shapes.SIDE), "height": str(shapes.SIDE)})
     publish(network.text, options.out / "text_encoder" / "model.safetensors")
 

@@ -1,0 +1,79 @@
+"""Does the small cascade draw what its prompts say? Draws one picture per prompt, lets the judge of shapes.py read them,
+and prints a table.
+
+    python weights/evaluate.py                      # 200 prompts of each kind
+    python weights/evaluate.py --count 40           # a quick look
+
+Seen prompts describe scenes that training could have drawn, held-out ones those it never does. Every prompt names
+everything (shapes.full_caption), pictures use the default options and the seeds 0, 1, 2, ...
+"""
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+import shapes                                                                           # noqa: E402
+from cascade import Cascade                                                             # noqa: E402
+from model import load                                                                  # noqa: E402
+
+PARTS = ("count", "ground", "shape", "colour", "size", "relation", "all")
+SEED = {False: 1001, True: 1002}                    # of the prompts; training counts its scenes from other seeds
+
+
+def judged(wanted, pictures):
+    """Scenes and pictures (N, 128, 128, 3) in [0, 1] -> the share, in percent, of each part that is right."""
+    seen = [shapes.judge((picture * 255).round().astype(np.uint8)) for picture in pictures]
+    rights = [shapes.right(scene, found) for scene, found in zip(wanted, seen)]
+    return [100 * np.mean([right[part] for right in rights]) for part in PARTS]
+
+
+def draw(cascade, scenes, batch=40):
+    parts = [cascade([shapes.full_caption(scene) for scene in scenes[i:i + batch]], seed=i, output="np")
+             for i in range(0, len(scenes), batch)]
+    return np.concatenate(parts)
+
+
+def reconstruct(cascade, scenes, batch=40):
+    """Picture -> semantic latent -> Stage B -> Stage A -> picture."""
+    encoder = load(cascade.folder / "effnet_encoder.safetensors", dtype=torch.float32)
+    parts = []
+    for i in range(0, len(scenes), batch):
+        images = torch.from_numpy(np.stack([shapes.render(scene) for scene in scenes[i:i + batch]])).permute(0, 3, 1, 2)
+        small = torch.nn.functional.interpolate(images / 255, (96, 96), mode="bilinear", antialias=True)
+        with torch.inference_mode():
+            parts.append(cascade.decode(encoder(small), seed=i, output="np"))
+    return np.concatenate(parts)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", type=Path, default=HERE / "tiny")
+    parser.add_argument("--count", type=int, default=200, help="prompts of each kind (default: %(default)s)")
+    options = parser.parse_args()
+    cascade = Cascade(options.weights, keep=True)
+    print(f"| {'percent right':34} | " + " | ".join(f"{part:8}" for part in PARTS) + " |")
+    print("|---" * (len(PARTS) + 1) + "|")
+
+    def row(name, shares):
+        print(f"| {name:34} | " + " | ".join(f"{share:8.1f}" for share in shares) + " |", flush=True)
+
+    for two, what in ((0.0, "one object"), (1.0, "two objects")):
+        for held in (False, True):
+            rng = np.random.default_rng([SEED[held], int(two)])
+            scenes = [shapes.sample_scene(rng, two, held) for _ in range(options.count)]
+            row(f"{what}, {'held out' if held else 'seen'}", judged(scenes, draw(cascade, scenes)))
+    rng = np.random.default_rng(SEED[False])
+    scenes = [shapes.sample_scene(rng) for _ in range(options.count)]
+    pictures = reconstruct(cascade, scenes)
+    true = np.stack([shapes.render(scene) for scene in scenes]) / 255
+    psnr = np.mean([-10 * np.log10(np.mean((a - b) ** 2)) for a, b in zip(true, pictures)])
+    row(f"reconstruction ({psnr:.1f} dB)", judged(scenes, pictures))
+
+
+if __name__ == "__main__":
+    main()
