@@ -101,7 +101,6 @@ class Cascade:
     decoder_dtype   of Stage B and A, where it is not dtype
     keep            keeps every network in memory after its turn
     """
-
     def __init__(self, folder=TINY, device="cpu", dtype="fp32", lite=False, decoder_dtype=None, keep=False,
                  progress=False):
         if not Path(folder).is_dir():

@@ -40,7 +40,6 @@ class CascadeError(ValueError):
 
 class Conv2d(nn.Conv2d):
     """(B, y, x, C) -> (B, y', x', C'). A 1x1 convolution is a linear on its flattened weight."""
-
     def forward(self, x):
         if self.kernel_size == (1, 1):
             return F.linear(x, self.weight.flatten(1), self.bias)
@@ -49,28 +48,24 @@ class Conv2d(nn.Conv2d):
 
 class ConvTranspose2d(nn.ConvTranspose2d):
     """(B, y, x, C) -> (B, 2y, 2x, C')."""
-
     def forward(self, x):
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class PixelUnshuffle(nn.PixelUnshuffle):
     """The way in: (B, C, p*y, p*x) -> (B, y, x, C*p*p) for patches of p x p."""
-
     def forward(self, x):
         return super().forward(x).permute(0, 2, 3, 1)
 
 
 class PixelShuffle(nn.PixelShuffle):
     """The way out: (B, y, x, C*p*p) -> (B, C, p*y, p*x)."""
-
     def forward(self, x):
         return super().forward(x.permute(0, 3, 1, 2))
 
 
 class LayerNorm(nn.LayerNorm):
     """Over channels, without learned scale or shift."""
-
     def __init__(self, c):
         super().__init__(c, eps=1e-6, elementwise_affine=False)
 
@@ -120,7 +115,6 @@ UNETS = {
 
 class GlobalResponseNorm(nn.Module):
     """Channels compete over the whole picture (ConvNeXt V2, section 3): it cannot be computed tile by tile."""
-
     def __init__(self, c):
         super().__init__()
         self.gamma = nn.Parameter(torch.zeros(1, 1, 1, c))
@@ -134,7 +128,6 @@ class GlobalResponseNorm(nn.Module):
 
 class ResidualBlock(nn.Module):
     """ConvNeXt block. The first of an up level also reads the skip of its level."""
-
     def __init__(self, c, c_skip=0):
         super().__init__()
         self.c_skip = c_skip
@@ -152,7 +145,6 @@ class ResidualBlock(nn.Module):
 
 class TimestepBlock(nn.Module):
     """Scale and shift by the time; every extra condition has a mapper of its own."""
-
     def __init__(self, c, extras):
         super().__init__()
         self.mappers = ("mapper", *(f"mapper_{name}" for name in extras))
@@ -167,7 +159,6 @@ class TimestepBlock(nn.Module):
 
 class Attention(nn.Module):
     """Queries are the picture's tokens; keys and values are these and the condition's tokens after them."""
-
     def __init__(self, c):
         super().__init__()
         self.in_proj_weight = nn.Parameter(torch.empty(3 * c, c))                       # query, key, value
@@ -208,7 +199,6 @@ class Resize(nn.Module):
 
 class UNet(nn.Module):
     """Stage B or Stage C: predicts the noise in a latent."""
-
     def __init__(self, config: UNetConfig):
         super().__init__()
         self.config = config
@@ -338,7 +328,6 @@ class StageAConfig:
 
 class StageABlock(nn.Module):
     """A depthwise convolution, then an MLP, each with a learned scale, shift and gain: six scalars."""
-
     def __init__(self, c):
         super().__init__()
         self.norm = LayerNorm(c)
@@ -355,26 +344,22 @@ class StageABlock(nn.Module):
 
 class StageA(nn.Module):
     """VQGAN. Stage B paints latents that were never quantised, so only the tensors and `quantise` keep the codebook."""
-
     def __init__(self, config: StageAConfig):
         super().__init__()
         self.config = config
         widths = config.widths
-        self.in_block = nn.Sequential(PixelUnshuffle(2), Conv2d(3 * 4, widths[0], 1))
-        self.down_blocks = nn.Sequential()
+        down, up = [], []                                               # `up` is built from its end
         for i, c in enumerate(widths):
             if i:
-                self.down_blocks.append(Conv2d(widths[i - 1], c, 4, stride=2, padding=1))
-            self.down_blocks.append(StageABlock(c))
-        self.down_blocks.append(nn.Sequential(nn.Conv2d(widths[-1], config.latent, 1, bias=False),
-                                              nn.BatchNorm2d(config.latent)))
+                down.append(Conv2d(widths[i - 1], c, 4, stride=2, padding=1))
+                up.insert(0, ConvTranspose2d(c, widths[i - 1], 4, stride=2, padding=1))
+            down.append(StageABlock(c))
+            up[:0] = [StageABlock(c) for _ in range(config.deep_blocks if i == len(widths) - 1 else 1)]
+        self.in_block = nn.Sequential(PixelUnshuffle(2), Conv2d(3 * 4, widths[0], 1))
+        self.down_blocks = nn.Sequential(*down, nn.Sequential(nn.Conv2d(c, config.latent, 1, bias=False),
+                                                              nn.BatchNorm2d(config.latent)))
         self.vquantizer = nn.ModuleDict({"codebook": nn.Embedding(config.codes, config.latent)})
-        self.up_blocks = nn.Sequential(nn.Sequential(Conv2d(config.latent, widths[-1], 1)))
-        for i in reversed(range(len(widths))):
-            for _ in range(config.deep_blocks if i == len(widths) - 1 else 1):
-                self.up_blocks.append(StageABlock(widths[i]))
-            if i:
-                self.up_blocks.append(ConvTranspose2d(widths[i], widths[i - 1], 4, stride=2, padding=1))
+        self.up_blocks = nn.Sequential(nn.Sequential(Conv2d(config.latent, c, 1)), *up)
         self.out_block = nn.Sequential(Conv2d(widths[0], 3 * 4, 1), PixelShuffle(2))
 
     def encode(self, image):
@@ -423,7 +408,6 @@ def conv_norm(c_in, c_out, kernel, stride=1, groups=1, act=True):
 
 class SqueezeExcite(nn.Module):
     """Every channel is scaled by what the channels' means say."""
-
     def __init__(self, c, c_squeezed):
         super().__init__()
         self.fc1 = nn.Conv2d(c, c_squeezed, 1)
@@ -436,17 +420,13 @@ class SqueezeExcite(nn.Module):
 
 class MBConv(nn.Module):
     """Widen, look around, narrow again; fused means that one 3x3 convolution does the first two."""
-
     def __init__(self, c_in, c_out, fused, expansion, stride):
         super().__init__()
-        c = c_in * expansion
-        if fused and expansion == 1:
-            layers = [conv_norm(c_in, c_out, 3, stride)]
-        elif fused:
-            layers = [conv_norm(c_in, c, 3, stride), conv_norm(c, c_out, 1, act=False)]
-        else:
-            layers = [conv_norm(c_in, c, 1), conv_norm(c, c, 3, stride, groups=c),
-                      SqueezeExcite(c, max(1, c_in // 4)), conv_norm(c, c_out, 1, act=False)]
+        narrow = not fused or expansion > 1                             # else one convolution does it all
+        c = c_in * expansion if narrow else c_out
+        layers = [conv_norm(c_in, c, 3, stride)] if fused else [
+            conv_norm(c_in, c, 1), conv_norm(c, c, 3, stride, groups=c), SqueezeExcite(c, max(1, c_in // 4))]
+        layers += [conv_norm(c, c_out, 1, act=False)] if narrow else []
         self.block = nn.Sequential(*layers)
         self.residual = stride == 1 and c_in == c_out
 
@@ -456,7 +436,6 @@ class MBConv(nn.Module):
 
 class SemanticEncoder(nn.Module):
     """Pixels -> the semantic latent that Stage C learns to imagine and Stage B to paint from."""
-
     def __init__(self, config: SemanticEncoderConfig):
         super().__init__()
         self.config = config
@@ -486,7 +465,6 @@ class PreviewerConfig:
 
 class Previewer(nn.Module):
     """Semantic latent -> a small picture, good enough to look on."""
-
     def __init__(self, config: PreviewerConfig):
         super().__init__()
         self.config = config
@@ -504,13 +482,7 @@ class Previewer(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------ reading files
-# A network is known by one tensor that no other has, and sized by the shapes of its tensors.
-
-SIGNS = {"stage_b": "effnet_mapper.0.weight", "stage_c": "clip_txt_mapper.weight",
-         "stage_a": "vquantizer.codebook.weight", "effnet_encoder": "mapper.0.weight", "previewer": "blocks.0.weight",
-         "text_encoder": "text_model.embeddings.token_embedding.weight"}
-
-# Where a diffusers file has another name than the original. Query, key and value are three tensors there, one here.
+# What a diffusers file calls otherwise. Query, key and value are three tensors there, one here.
 DIFFUSERS = (("attention.to_q.", "attention.attn.in_proj_"), ("attention.to_k.", "attention.attn.in_proj_"),
              ("attention.to_v.", "attention.attn.in_proj_"), ("attention.to_out.0.", "attention.attn.out_proj."),
              ("vquantizer.embedding.", "vquantizer.codebook."))
@@ -518,9 +490,8 @@ DIFFUSERS = (("attention.to_q.", "attention.attn.in_proj_"), ("attention.to_k.",
 
 class Weights(dict):
     """A safetensors file as {official name: shape}, whatever its layout. Asking for what is not there names it."""
-
     def __init__(self, path):
-        self.path = path
+        self.path, self.sources = path, {}      # official name -> the file's tensors that, stacked, make it
         try:
             self.file = safe_open(path, framework="pt")
         except FileNotFoundError:
@@ -528,37 +499,30 @@ class Weights(dict):
         except (SafetensorError, OSError) as error:
             raise CascadeError(f"{path}: not a whole safetensors file ({error}); only safetensors are read, never a "
                                "pickle (.pt, .ckpt, .bin): get the official .safetensors file again") from None
-        self.metadata = self.file.metadata() or {}
-        names = sorted(self.file.keys(), key=lambda name: (".to_k." in name) + 2 * (".to_v." in name))   # q, k, v
-        self.sources = {}       # official name -> the names in the file whose tensors, stacked, make it
-        for name in names:
-            self.sources.setdefault(self._official(name, names), []).append(name)
+        self.metadata, names = self.file.metadata() or {}, self.file.keys()
+        for name in sorted(names, key=lambda name: (".to_k." in name) + 2 * (".to_v." in name)):    # q, k, v
+            official = name
+            for theirs, ours in DIFFUSERS:
+                official = official.replace(theirs, ours)
+            if "effnet_mapper.0.weight" in names:
+                official = official.replace("clip_txt_pooled_mapper.", "clip_mapper.")
+            self.sources.setdefault(official, []).append(name)
         for name, parts in self.sources.items():
-            shapes = [self.file.get_slice(part).get_shape() for part in parts]
-            self[name] = (sum(shape[0] for shape in shapes), *shapes[0][1:]) if len(shapes) > 1 else tuple(shapes[0])
-        self.kind = next((kind for kind, sign in SIGNS.items() if sign in self), None)
+            shapes = [tuple(self.file.get_slice(part).get_shape()) for part in parts]
+            self[name] = shapes[0] if len(parts) == 1 else (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
     def __missing__(self, name):
         raise CascadeError(f"{self.path}: tensor {name} is missing")
-
-    @staticmethod
-    def _official(name, names):
-        for theirs, ours in DIFFUSERS:
-            name = name.replace(theirs, ours)
-        if "effnet_mapper.0.weight" in names:
-            name = name.replace("clip_txt_pooled_mapper.", "clip_mapper.")
-        return name
 
     def fill(self, network, device, dtype):
         """Puts the file's tensors in place of a meta network's: one copy of the weights at most, none where neither
         type nor device changes (then they stay in the file, mapped into memory)."""
         wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-        for name, shape in wanted.items():
-            if self[name] != shape:
-                raise CascadeError(f"{self.path}: tensor {name} has shape {self[name]}, wanted is {shape}")
-        for name in self:
+        for name in {**wanted, **self}:
             if name not in wanted:
-                raise CascadeError(f"{self.path}: tensor {name} is unexpected in a {self.kind}")
+                raise CascadeError(f"{self.path}: tensor {name} is unexpected in this network")
+            if self[name] != wanted[name]:
+                raise CascadeError(f"{self.path}: tensor {name} has shape {self[name]}, wanted is {wanted[name]}")
         state = {}
         for name in self:
             tensor = self.tensor(name)
@@ -640,8 +604,12 @@ def previewer_config(shapes):
     return PreviewerConfig(tuple(widths), shapes["blocks.0.weight"][1])
 
 
-NETWORKS = {"stage_b": (UNet, unet_config), "stage_c": (UNet, unet_config), "stage_a": (StageA, stage_a_config),
-            "effnet_encoder": (SemanticEncoder, semantic_encoder_config), "previewer": (Previewer, previewer_config)}
+# A network is known by one tensor that no other has.
+NETWORKS = {"stage_b": ("effnet_mapper.0.weight", UNet, unet_config),
+            "stage_c": ("clip_txt_mapper.weight", UNet, unet_config),
+            "stage_a": ("vquantizer.codebook.weight", StageA, stage_a_config),
+            "effnet_encoder": ("mapper.0.weight", SemanticEncoder, semantic_encoder_config),
+            "previewer": ("blocks.0.weight", Previewer, previewer_config)}
 
 
 def load(path, device="cpu", dtype=None, expect=None, networks=NETWORKS):
@@ -649,13 +617,13 @@ def load(path, device="cpu", dtype=None, expect=None, networks=NETWORKS):
 
     dtype       of the weights; the file's own if None
     expect      one of the networks: anything else in the file is an error
-    networks    {kind: (class, function that reads its config off the Weights)}
+    networks    {kind: (a tensor that tells it, class, function that reads its config off the Weights)}
     """
     weights = Weights(path)
-    if weights.kind not in networks or expect not in (None, weights.kind):
-        raise CascadeError(f"{path}: wanted is {expect or ' or '.join(networks)}, "
-                           f"the file holds {weights.kind or 'no network known here'}")
-    network, read_config = networks[weights.kind]
+    kind = next((kind for kind, (sign, _, _) in networks.items() if sign in weights), None)
+    if kind is None or expect not in (None, kind):
+        raise CascadeError(f"{path}: wanted is {expect or ' or '.join(networks)}, the file holds {kind or 'none'}")
+    _, network, read_config = networks[kind]
     config = read_config(weights)
     with torch.device("meta"):
         network = network(config)

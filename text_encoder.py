@@ -47,7 +47,6 @@ def build_tokenizer(vocab, merges):
 
 class Tokenizer:
     """Prompts -> ids and mask, both (B, 77) int64. Reads tokenizer.json or, without one, vocab.json and merges.txt."""
-
     def __init__(self, folder):
         folder = Path(folder)
         whole, vocab, merges = folder / "tokenizer.json", folder / "vocab.json", folder / "merges.txt"
@@ -113,7 +112,6 @@ class SelfAttention(nn.Module):
 
 class Layer(nn.Module):
     """Pre-LN transformer layer."""
-
     def __init__(self, width, hidden, act):
         super().__init__()
         self.self_attn, self.act = SelfAttention(width), ACTS[act]
@@ -175,4 +173,5 @@ def load(path, device="cpu", dtype=None):
     if path.is_dir():
         plain, bf16 = path / "model.safetensors", path / "model.bf16.safetensors"
         path = bf16 if bf16.exists() and not plain.exists() else plain
-    return model.load(path, device, dtype, networks={"text_encoder": (TextEncoder, text_config)})
+    sign = "text_model.embeddings.token_embedding.weight"
+    return model.load(path, device, dtype, networks={"text_encoder": (sign, TextEncoder, text_config)})

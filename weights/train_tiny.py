@@ -310,7 +310,7 @@ def train_b(options):
         semantic = semantic * (torch.rand(len(rows)) > 0.1)[:, None, None, None]
         return noise_loss(unet, images[rows].float(), clip_text_pooled=torch.zeros(len(rows), 1, 128), effnet=semantic)
 
-    unet = train("b", unet, loss_of, options.steps or 8500, 1e-3, options.work)
+    unet = train("b", unet, loss_of, options.steps or 11500, 1e-3, options.work)
     publish(unet, options.out / "stage_b.safetensors")
 
 
