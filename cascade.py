@@ -111,11 +111,12 @@ class Cascade:
             torch.zeros(1, device=device).item()
         except (RuntimeError, AssertionError, TypeError) as error:
             raise CascadeError(f"device {device!r} cannot be used ({str(error).splitlines()[0]}); try cpu") from None
-        dtypes = [DTYPES.get(dtype, dtype), DTYPES.get(decoder_dtype or dtype, decoder_dtype)]
-        if not all(dtype in DTYPES.values() for dtype in dtypes):
-            raise CascadeError(f"dtype {dtype!r} or {decoder_dtype!r} is none of {', '.join(DTYPES)}")
+        dtypes = [DTYPES.get(name, name) for name in (dtype, decoder_dtype or dtype)]
+        if not set(dtypes) <= set(DTYPES.values()):
+            raise CascadeError(f"dtype {dtype!r} or decoder_dtype {decoder_dtype!r} is none of {', '.join(DTYPES)}")
         self.folder, self.device, self.keep, self.progress = Path(folder), torch.device(device), keep, progress
-        if self.device.type == "cuda" and torch.bfloat16 in dtypes and not torch.cuda.is_bf16_supported(False):
+        has_bf16 = self.device.type != "cuda" or torch.cuda.get_device_capability(self.device) >= (8, 0)
+        if torch.bfloat16 in dtypes and not has_bf16:
             raise CascadeError(f"device {device!r} has no bf16; use fp16 or fp32")
         lite_c, lite_b = ("_lite" if lite in (True, half) else "" for half in ("prior", "decoder"))
         # network -> (its name in PLACES, its type)
@@ -157,7 +158,7 @@ class Cascade:
         """Prompts, and what is not wanted for all of them or for each -> Text, for both stages."""
         prompts, negative = strings("prompts", prompts), strings("negative", negative)
         if len(negative) not in (1, len(prompts)):
-            raise CascadeError(f"{len(negative)} negatives for {len(prompts)} prompts; wanted is one for each, or one for all")
+            raise CascadeError(f"{len(negative)} negatives for {len(prompts)} prompts; wanted is one, or one for each")
         rows = prompts + (negative * len(prompts) if len(negative) == 1 else negative)
         unique = list(dict.fromkeys(rows))
         ids, mask = text_encoder.Tokenizer(self.folder / "tokenizer")(unique)           # each (unique, L)
@@ -351,7 +352,13 @@ def main(arguments=None):
         run(parse(arguments))
     except CascadeError as error:
         print(f"cascade.py: {error}", file=sys.stderr)
-        return 2
+    except (RuntimeError, MemoryError) as error:
+        if "memory" not in str(error):
+            raise
+        print("cascade.py: out of memory; try --lite, --dtype bf16, fewer --images or a smaller size", file=sys.stderr)
+    else:
+        return 0
+    return 2
 
 
 if __name__ == "__main__":

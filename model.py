@@ -241,7 +241,7 @@ class UNet(nn.Module):
         return nn.ModuleList(Conv2d(c, c, 1) for _ in range(passes - 1))
 
     def _change(self, i, j):
-        """From level i to its neighbour j. In Stage C the 1x1 convolution is `blocks.0` going down, `blocks.1` going up:
+        """From level i to its neighbour j. In Stage C the 1x1 convolution is `blocks.0` going down, `blocks.1` up:
         the names count a resize, which is there even where it leaves the resolution as it is."""
         c_in, c_out, up, switch = self.config.widths[i], self.config.widths[j], j < i, self.config.switch
         if switch is None:
@@ -257,8 +257,8 @@ class UNet(nn.Module):
         half, extras = HEAD_WIDTH // 2, {"sca": sca, "crp": crp}
         frequencies = torch.arange(half, device=r.device).float().mul(-math.log(10000) / (half - 1)).exp()
         times = [r, *(torch.zeros_like(r) if extras[name] is None else extras[name] for name in self.config.extras)]
-        angles = torch.stack(times, dim=1)[:, :, None] * 10000 * frequencies                        # (B, 1 + extras, 32)
-        return torch.cat([angles.sin(), angles.cos()], dim=2).flatten(1)                            # (B, 64 + 64 * extras)
+        angles = torch.stack(times, dim=1)[:, :, None] * 10000 * frequencies               # (B, 1 + extras, 32)
+        return torch.cat([angles.sin(), angles.cos()], dim=2).flatten(1)                   # (B, 64 * (1 + extras))
 
     def embed_clip(self, pooled, text, image):
         """The condition's tokens: 4 of the pooled text, in Stage C after the text's L and before 4 of every image."""

@@ -32,8 +32,9 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 def build_tokenizer(vocab, merges):
     """CLIP's byte-level BPE from its two files; a tokenizer.json says the same."""
     lines = [line for line in merges.read_text("utf-8").splitlines() if line and not line.startswith("#version")]
-    tokenizer = BytePairTokenizer(models.BPE(json.loads(vocab.read_text("utf-8")), [tuple(line.split()) for line in lines],
-                                             end_of_word_suffix="</w>", unk_token=END))
+    pairs = [tuple(line.split()) for line in lines]
+    tokenizer = BytePairTokenizer(models.BPE(json.loads(vocab.read_text("utf-8")), pairs, end_of_word_suffix="</w>",
+                                             unk_token=END))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
     words = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")

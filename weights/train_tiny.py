@@ -84,14 +84,14 @@ def train(name, network, loss_of, steps, lr, work, report=None):
     """
     optimizer = torch.optim.AdamW(network.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / 200, 0.5 + 0.5 * math.cos(math.pi * min(step / steps, 1))))
+        optimizer, lambda step: min((step + 1) / min(200, steps // 4), 0.5 + 0.5 * math.cos(math.pi * min(step / steps, 1))))
     average = {key: value.clone() for key, value in network.state_dict().items()}
     checkpoint, start = work / f"{name}.safetensors", 0
     if checkpoint.exists():
         start = resume(checkpoint, network, optimizer, schedule, average)
         print(f"{name}: continues at step {start}", flush=True)
     network.train()
-    clock, saved, mean = time.time(), time.time(), {}
+    clock, saved, told, every = time.time(), time.time(), [], min(100, steps // 4)
     for step in range(start, steps):
         torch.manual_seed(step)                                         # the same noise after a resume
         losses = loss_of(step)
@@ -103,11 +103,11 @@ def train(name, network, loss_of, steps, lr, work, report=None):
         decay = min(0.999, (step + 1) / (step + 20))
         for key, value in network.state_dict().items():
             average[key].lerp_(value, 1 - decay) if value.is_floating_point() else average[key].copy_(value)
-        for key, value in losses.items():
-            mean[key] = mean.get(key, value.item()) * 0.98 + value.item() * 0.02
-        if step % 100 == 99 or step == steps - 1:
-            told = "  ".join(f"{key} {value:.5f}" for key, value in mean.items())
-            print(f"{name} {step + 1}/{steps}  {told}  {time.time() - clock:.0f} s", flush=True)
+        told.append([value.item() for value in losses.values()])
+        if (step + 1) % every == 0:
+            means = "  ".join(f"{key} {mean:.5f}" for key, mean in zip(losses, np.mean(told, 0)))
+            print(f"{name} {step + 1}/{steps}  {means}  {time.time() - clock:.0f} s", flush=True)
+            told = []
         if time.time() - saved > 120 or step == steps - 1:
             save_checkpoint(checkpoint, network, optimizer, average, step + 1)
             saved = time.time()
