@@ -1,9 +1,11 @@
 """The same weights in the peers' classes."""
 import torch
-from diffusers import DDPMWuerstchenScheduler, StableCascadeUNet
+from diffusers import DDPMWuerstchenScheduler, StableCascadeCombinedPipeline, StableCascadeUNet
 from diffusers.pipelines.deprecated.wuerstchen.modeling_paella_vq_model import PaellaVQModel
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
+from model import load
+from text_encoder import load as load_text
 from tiny import to_diffusers
 
 BLOCKS = {"R": "SDCascadeResBlock", "T": "SDCascadeTimestepBlock", "A": "SDCascadeAttnBlock"}
@@ -63,6 +65,19 @@ def last_hidden(peer, ids, mask):
 
 def scheduler():
     return DDPMWuerstchenScheduler()
+
+
+def combined_pipeline(folder):
+    """diffusers' pipeline with the weights of a folder of original files."""
+    unets = [diffusers_unet(load(folder / f"{name}.safetensors")) for name in ("stage_c", "stage_b")]
+    text = transformers_text(load_text(folder / "text_encoder"))
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", model_max_length=77)
+    pipeline = StableCascadeCombinedPipeline(
+        tokenizer=tokenizer, text_encoder=text, decoder=unets[1], scheduler=scheduler(),
+        vqgan=diffusers_stage_a(load(folder / "stage_a.safetensors")), prior_prior=unets[0], prior_text_encoder=text,
+        prior_tokenizer=tokenizer, prior_scheduler=scheduler())
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def assert_same(ours, theirs, relative=1e-5):

@@ -2,14 +2,10 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import StableCascadeCombinedPipeline
-from peers import diffusers_stage_a, diffusers_unet, scheduler, transformers_text
+from peers import combined_pipeline
 from tiny import write_diffusers_folder, write_folder
-from transformers import CLIPTokenizer
 
 import cascade
-from model import load
-from text_encoder import load as load_text
 
 PROMPTS, NEGATIVE = ["a red circle", "three little stars, above them the moon"], ["blue", "a wall"]
 
@@ -22,16 +18,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def peer(folders):
-    folder, _ = folders
-    unets = [diffusers_unet(load(folder / f"{name}.safetensors")) for name in ("stage_c", "stage_b")]
-    text = transformers_text(load_text(folder / "text_encoder"))
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", model_max_length=77)
-    pipeline = StableCascadeCombinedPipeline(
-        tokenizer=tokenizer, text_encoder=text, decoder=unets[1], scheduler=scheduler(),
-        vqgan=diffusers_stage_a(load(folder / "stage_a.safetensors")), prior_prior=unets[0], prior_text_encoder=text,
-        prior_tokenizer=tokenizer, prior_scheduler=scheduler())
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return combined_pipeline(folders[0])
 
 
 CASES = {
