@@ -70,7 +70,7 @@ class Tokenizer:
         for prompt, encoding in zip(prompts, self.bpe.encode_batch(prompts)):
             ids = encoding.ids                          # start ... end
             if len(ids) > LENGTH:
-                cut = self.bpe.decode(ids[LENGTH - 1:-1])
+                cut = prompt[encoding.offsets[LENGTH - 1][0]:]
                 warnings.warn(f"a prompt is cut to {LENGTH} tokens, its end is not read: {cut!r}", stacklevel=2)
                 ids = ids[:LENGTH - 1] + [self.end]
             rows.append(ids + [self.end] * (LENGTH - len(ids)))
