@@ -162,7 +162,11 @@ class Cascade:
         rows = prompts + (negative * len(prompts) if len(negative) == 1 else negative)
         unique = list(dict.fromkeys(rows))
         ids, mask = text_encoder.Tokenizer(self.folder / "tokenizer")(unique)           # each (unique, L)
-        hidden, pooled = self.network("text_encoder")(ids.to(self.device), mask.to(self.device))
+        tower = self.network("text_encoder")
+        if ids.max() >= tower.config.vocabulary:
+            raise CascadeError(f"{self.folder / 'tokenizer'}: not the tokenizer of this text encoder, it has a token "
+                               f"{ids.max()} and the encoder only {tower.config.vocabulary}")
+        hidden, pooled = tower(ids.to(self.device), mask.to(self.device))               # (unique, L, D), (unique, 1, D)
         order = [unique.index(row) for row in rows]
         return Text(hidden[order], pooled[order])
 
@@ -199,7 +203,7 @@ class Cascade:
         output          "pil": a list of pictures, "np": (N, H, W, 3) fp32 in [0, 1], "pt": (N, 3, H, W) fp32 in [0, 1],
                         "latent": Stage B's latents (N, 4, y, x), not scaled
         """
-        if latents.dim() != 4:
+        if latents.dim() != 4 or latents.shape[1] != 16:
             raise CascadeError(f"latents are {tuple(latents.shape)}; wanted is (N, 16, h, w)")
         h, w = latents.shape[2:]
         width, height = self.size(int(w * COMPRESSION) if width is None else width,
@@ -304,7 +308,8 @@ def run(options):
     output = options.output
     if output.suffix not in (".png", ".safetensors"):
         raise CascadeError(f"{output}: wanted is a name that ends in .png or .safetensors")
-    if output.is_dir() or not os.access(output.absolute().parent, os.W_OK):
+    folder = output.absolute().parent
+    if output.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
         raise CascadeError(f"{output}: cannot be written; is its folder there, and yours?")
     if bool(options.prompts) == bool(options.latents):
         raise CascadeError("wanted is a prompt, or --latents FILE, and not both")
@@ -347,6 +352,8 @@ def run(options):
 
 def main(arguments=None):
     """The exit status: 0, or 2 after one line that says what the user can mend."""
+    warnings.simplefilter("ignore")
+    warnings.filterwarnings("always", "a prompt is cut")
     warnings.showwarning = lambda message, *_: print(f"cascade.py: {message}", file=sys.stderr)
     try:
         run(parse(arguments))

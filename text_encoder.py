@@ -32,17 +32,16 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 def build_tokenizer(vocab, merges):
     """CLIP's byte-level BPE from its two files; a tokenizer.json says the same."""
     lines = [line for line in merges.read_text("utf-8").splitlines() if line and not line.startswith("#version")]
-    pairs = [tuple(line.split()) for line in lines]
-    tokenizer = BytePairTokenizer(models.BPE(json.loads(vocab.read_text("utf-8")), pairs, end_of_word_suffix="</w>",
-                                             unk_token=END))
+    pairs, words = [tuple(line.split()) for line in lines], json.loads(vocab.read_text("utf-8"))
+    tokenizer = BytePairTokenizer(models.BPE(words, pairs, end_of_word_suffix="</w>", unk_token=END))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
-    words = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(words, "removed", invert=True),
+    pieces = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(pieces, "removed", invert=True),
                                                        pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.add_special_tokens([START, END])
-    start, end = ((token, tokenizer.token_to_id(token)) for token in (START, END))
-    tokenizer.post_processor = processors.RobertaProcessing(end, start, trim_offsets=False, add_prefix_space=False)
+    tokenizer.post_processor = processors.RobertaProcessing((END, words[END]), (START, words[START]),
+                                                            trim_offsets=False, add_prefix_space=False)
     return tokenizer
 
 
@@ -56,7 +55,8 @@ class Tokenizer:
         try:
             self.bpe = BytePairTokenizer.from_file(str(whole)) if whole.exists() else build_tokenizer(vocab, merges)
         except Exception as error:                      # the library raises bare Exceptions
-            raise CascadeError(f"{folder}: the tokenizer's files cannot be read ({error})") from None
+            reason = " ".join(str(error).split())
+            raise CascadeError(f"{folder}: the tokenizer's files cannot be read ({reason})") from None
         self.bpe.no_truncation()
         self.bpe.no_padding()
         self.end = self.bpe.token_to_id(END)

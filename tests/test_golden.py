@@ -1,4 +1,5 @@
 """What the peers answered (tests/make_golden.py), and that every parameter has its say in it."""
+
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,9 @@ def folder(tmp_path_factory):
 
 def golden(name):
     tensors = load_file(GOLDEN / f"{name}.safetensors")
-    return [{key[len(side):]: value for key, value in tensors.items() if key.startswith(side)} for side in ("in.", "out.")]
+    return [
+        {key[len(side) :]: value for key, value in tensors.items() if key.startswith(side)} for side in ("in.", "out.")
+    ]
 
 
 def opened(folder, name):
@@ -79,6 +82,7 @@ def test_alpha_bar_is_the_schedulers():
 def test_alpha_bar_is_the_cosine_schedule_in_double_precision():
     """cos^2 of half a turn's half: without that half, alpha_bar(0.5) would be off by 5 in 10,000."""
     import math
+
     for t in (0.02, 0.25, 0.5, 0.75, 0.97):
         exact = math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2 / math.cos(0.008 / 1.008 * math.pi / 2) ** 2
         assert abs(sampler.alpha_bar(torch.tensor(t)).item() - exact) <= 1e-6
@@ -89,15 +93,26 @@ def test_every_step_is_the_schedulers():
     given, answers = golden("scheduler")
     times, source, x = sampler.timesteps(10), sampler.generators(4, 1), given["start"]
     for i, theirs in enumerate(answers["steps"]):
-        x = sampler.step(x, given["epsilon"][i:i + 1], sampler.draw(source, (2, 4, 4), "cpu"), times[i], times[i + 1])
+        x = sampler.step(x, given["epsilon"][i : i + 1], sampler.draw(source, (2, 4, 4), "cpu"), times[i], times[i + 1])
         assert error(x, theirs[None]) <= 1e-5, f"step {i + 1}"
 
 
 def test_the_picture_is_the_pipelines(folder):
     _, answers = golden("pipeline")
     pipeline = cascade.Cascade(folder)
-    ours = [pipeline(["a red circle", "three stars"], ["blue", "a wall"], steps=4, guidance=4.0, decoder_steps=3,
-                     decoder_guidance=1.5, seed=7, output=output) for output in ("latent", "pt")]
+    ours = [
+        pipeline(
+            ["a red circle", "three stars"],
+            ["blue", "a wall"],
+            steps=4,
+            guidance=4.0,
+            decoder_steps=3,
+            decoder_guidance=1.5,
+            seed=7,
+            output=output,
+        )
+        for output in ("latent", "pt")
+    ]
     assert error(ours[0], answers["latents"]) <= 1e-5
     assert 0.1 < answers["pixels"].std() and ((answers["pixels"] > 0) & (answers["pixels"] < 1)).float().mean() > 0.5
     assert error(ours[1][:, :, ::4, ::4], answers["pixels"]) <= 1e-5
@@ -105,8 +120,19 @@ def test_the_picture_is_the_pipelines(folder):
 
 def test_no_network_is_too_simple_to_tell_skips_apart():
     """A level that is passed twice reads its skip twice; a network that read it once would answer otherwise."""
-    config = UNetConfig(widths=(64, 64), down=("RT", "RT"), up=("RT", "RT"), down_repeat=(1, 1), up_repeat=(1, 2), c_cond=16,
-                        latent=4, patch=2, extras=("sca",), text=8, semantic=16)
+    config = UNetConfig(
+        widths=(64, 64),
+        down=("RT", "RT"),
+        up=("RT", "RT"),
+        down_repeat=(1, 1),
+        up_repeat=(1, 2),
+        c_cond=16,
+        latent=4,
+        patch=2,
+        extras=("sca",),
+        text=8,
+        semantic=16,
+    )
     network = randomise(UNet(config), 9)
     x, r, pooled = torch.randn(1, 4, 8, 8), torch.rand(1), torch.randn(1, 8)
     seen, read = [], network.up_blocks[1][0].forward

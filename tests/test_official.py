@@ -1,4 +1,5 @@
 """The official files: their names and shapes are those of our networks, and a file is told and sized by them."""
+
 import json
 import math
 import os
@@ -11,15 +12,35 @@ import pytest
 import torch
 
 import text_encoder
-from model import (NETWORKS, UNETS, Previewer, PreviewerConfig, SemanticEncoder, SemanticEncoderConfig, StageA, StageAConfig,
-                   UNet, Weights, load)
+from model import (
+    NETWORKS,
+    UNETS,
+    Previewer,
+    PreviewerConfig,
+    SemanticEncoder,
+    SemanticEncoderConfig,
+    StageA,
+    StageAConfig,
+    UNet,
+    Weights,
+    load,
+)
 
 TESTS = Path(__file__).resolve().parent
-OFFICIAL = {**{name: (UNet, config) for name, config in UNETS.items()}, "stage_a": (StageA, StageAConfig()),
-            "effnet_encoder": (SemanticEncoder, SemanticEncoderConfig()), "previewer": (Previewer, PreviewerConfig()),
-            "text_encoder": (text_encoder.TextEncoder, text_encoder.TextConfig())}
-DIFFUSERS = {"diffusers_prior": "stage_c", "diffusers_prior_lite": "stage_c_lite", "diffusers_decoder": "stage_b",
-             "diffusers_decoder_lite": "stage_b_lite", "diffusers_vqgan": "stage_a"}
+OFFICIAL = {
+    **{name: (UNet, config) for name, config in UNETS.items()},
+    "stage_a": (StageA, StageAConfig()),
+    "effnet_encoder": (SemanticEncoder, SemanticEncoderConfig()),
+    "previewer": (Previewer, PreviewerConfig()),
+    "text_encoder": (text_encoder.TextEncoder, text_encoder.TextConfig()),
+}
+DIFFUSERS = {
+    "diffusers_prior": "stage_c",
+    "diffusers_prior_lite": "stage_c_lite",
+    "diffusers_decoder": "stage_b",
+    "diffusers_decoder_lite": "stage_b_lite",
+    "diffusers_vqgan": "stage_a",
+}
 
 
 def official(name):
@@ -52,8 +73,17 @@ def test_names_and_shapes_are_exactly_the_official_ones(name):
     assert {key: tuple(tensor.shape) for key, tensor in on_meta(name).state_dict().items()} == official(name)
 
 
-@pytest.mark.parametrize("name, millions", [("stage_c", 3589.1), ("stage_c_lite", 1030.8), ("stage_b", 1562.9),
-                                            ("stage_b_lite", 699.5), ("stage_a", 18.4), ("text_encoder", 694.7)])
+@pytest.mark.parametrize(
+    "name, millions",
+    [
+        ("stage_c", 3589.1),
+        ("stage_c_lite", 1030.8),
+        ("stage_b", 1562.9),
+        ("stage_b_lite", 699.5),
+        ("stage_a", 18.4),
+        ("text_encoder", 694.7),
+    ],
+)
 def test_the_number_of_parameters_is_the_official_one(name, millions):
     assert round(sum(parameter.numel() for parameter in on_meta(name).parameters()) / 1e6, 1) == millions
 
@@ -114,8 +144,12 @@ for name, given in (
 @pytest.mark.skipif("CI" not in os.environ and "FULL_SIZE" not in os.environ, reason="3.5 GB of files: set FULL_SIZE=1")
 def test_a_full_size_lite_pair_loads_and_runs_a_step_within_8_gb(tmp_path):
     """Random, in bf16, under the official names and shapes."""
-    run = subprocess.run([sys.executable, "-c", FULL_SIZE, tmp_path], capture_output=True, text=True,
-                         env=os.environ | {"PYTHONPATH": str(TESTS.parent)})
+    run = subprocess.run(
+        [sys.executable, "-c", FULL_SIZE, tmp_path],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(TESTS.parent)},
+    )
     assert run.returncode == 0, run.stderr
     print(run.stdout)
     assert all(float(line.split("peak ")[1].split()[0]) < 8 for line in run.stdout.splitlines())

@@ -1,4 +1,5 @@
 """From a prompt to a picture, on tiny random weights: sizes, seeds, types, layouts, memory, the command."""
+
 import gc
 import os
 import shutil
@@ -36,10 +37,13 @@ def pipeline(folder):
 
 
 def command(*arguments, cwd=None):
-    return subprocess.run([sys.executable, ROOT / "cascade.py", *map(str, arguments)], capture_output=True, text=True, cwd=cwd)
+    return subprocess.run(
+        [sys.executable, ROOT / "cascade.py", *map(str, arguments)], capture_output=True, text=True, cwd=cwd
+    )
 
 
 # ------------------------------------------------------------------------------------------------ the same picture
+
 
 def test_a_batch_is_what_single_runs_are(pipeline):
     prompts, negative = ["a red circle", "two stars"], ["blue", ""]
@@ -64,8 +68,17 @@ def test_the_two_halves_are_the_whole(pipeline):
 
 def test_prompt_negative_seed_and_guidance_all_matter(pipeline):
     base = dict(prompts="a red circle", negative="", seed=0, guidance=4.0, decoder_guidance=2.0)
-    pictures = [pipeline(**base | change, output="pt", **FEW) for change in (
-        {}, {"prompts": "a star"}, {"negative": "blue"}, {"seed": 1}, {"guidance": 2.0}, {"decoder_guidance": 0.0})]
+    pictures = [
+        pipeline(**base | change, output="pt", **FEW)
+        for change in (
+            {},
+            {"prompts": "a star"},
+            {"negative": "blue"},
+            {"seed": 1},
+            {"guidance": 2.0},
+            {"decoder_guidance": 0.0},
+        )
+    ]
     assert all((pictures[0] - other).abs().max() > 1e-3 for other in pictures[1:])
 
 
@@ -76,9 +89,12 @@ def test_without_guidance_the_negative_prompt_says_nothing(pipeline):
 
 # ------------------------------------------------------------------------------------------------ sizes and outputs
 
-@pytest.mark.parametrize("width, height", [(64, 64), (65, 129), (100, 77), (131, 128), (171, 256), (200, 64), (67, 311)])
+
+@pytest.mark.parametrize(
+    "width, height", [(64, 64), (65, 129), (100, 77), (131, 128), (171, 256), (200, 64), (67, 311)]
+)
 def test_a_picture_has_exactly_the_size_asked_for(pipeline, width, height):
-    picture, = pipeline("a red circle", width=width, height=height, steps=1, decoder_steps=1)
+    (picture,) = pipeline("a red circle", width=width, height=height, steps=1, decoder_steps=1)
     assert picture.size == (width, height)
 
 
@@ -90,8 +106,10 @@ def test_the_default_size_is_the_one_that_the_file_was_trained_for(folder, tmp_p
 
 
 def test_outputs(pipeline):
-    run = {output: pipeline(["a red circle", "a star"], output=output, width=100, height=90, **FEW)
-           for output in ("pil", "np", "pt", "latent")}
+    run = {
+        output: pipeline(["a red circle", "a star"], output=output, width=100, height=90, **FEW)
+        for output in ("pil", "np", "pt", "latent")
+    }
     assert [picture.size for picture in run["pil"]] == [(100, 90)] * 2
     assert run["np"].shape == (2, 90, 100, 3) and run["np"].dtype == np.float32
     assert run["np"].min() >= 0 and run["np"].max() <= 1
@@ -104,6 +122,7 @@ def test_outputs(pipeline):
 
 # ------------------------------------------------------------------------------------------------ memory
 
+
 def alive(monkeypatch):
     """Lists the networks that live whenever one is loaded."""
     loaded, log, real = [], [], model.load
@@ -115,7 +134,7 @@ def alive(monkeypatch):
         log.append(sum(one() is not None for one in loaded))
         return network
 
-    monkeypatch.setattr(model, "load", load)                            # the text tower comes through it too
+    monkeypatch.setattr(model, "load", load)  # the text tower comes through it too
     return log
 
 
@@ -154,19 +173,31 @@ print(anonymous() - before)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_loading_keeps_one_copy_of_the_weights_at_most(folder, tmp_path):
     with torch.device("meta"):
-        shapes = model.UNet(replace(STAGE_C, widths=(768, 768), down=("RTA", "RTARTA"), up=("RTARTA", "RTA"))).state_dict()
+        shapes = model.UNet(
+            replace(STAGE_C, widths=(768, 768), down=("RTA", "RTARTA"), up=("RTARTA", "RTA"))
+        ).state_dict()
     file = tmp_path / "stage_c.safetensors"
     save_file({name: torch.zeros(tensor.shape) for name, tensor in shapes.items()}, file)
-    size = file.stat().st_size / 2 ** 20
+    size = file.stat().st_size / 2**20
     assert size > 150
-    grown = {dtype: float(subprocess.run(
-        [sys.executable, "-c", MEMORY, file, folder / "stage_a.safetensors", dtype], capture_output=True, text=True,
-        check=True, env=os.environ | {"PYTHONPATH": str(ROOT)}).stdout) for dtype in ("None", "torch.bfloat16")}
-    assert grown["None"] < 0.1 * size                                   # mapped: the file is the memory
-    assert 0.4 * size < grown["torch.bfloat16"] < 0.65 * size           # the converted weights, and one tensor at most
+    grown = {
+        dtype: float(
+            subprocess.run(
+                [sys.executable, "-c", MEMORY, file, folder / "stage_a.safetensors", dtype],
+                capture_output=True,
+                text=True,
+                check=True,
+                env=os.environ | {"PYTHONPATH": str(ROOT)},
+            ).stdout
+        )
+        for dtype in ("None", "torch.bfloat16")
+    }
+    assert grown["None"] < 0.1 * size  # mapped: the file is the memory
+    assert 0.4 * size < grown["torch.bfloat16"] < 0.65 * size  # the converted weights, and one tensor at most
 
 
 # ------------------------------------------------------------------------------------------------ types and devices
+
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("run", ["fp32", "bf16", "fp16"])
@@ -181,11 +212,21 @@ def test_any_stored_type_runs_in_any_type(tmp_path, stored, run):
 
 def test_stage_b_and_a_may_have_a_type_of_their_own(folder, monkeypatch):
     seen, real = {}, model.load
-    monkeypatch.setattr(model, "load", lambda path, device, dtype, **named: (
-        seen.update({Path(path).stem: dtype}) or real(path, device, dtype, **named)))
+    monkeypatch.setattr(
+        model,
+        "load",
+        lambda path, device, dtype, **named: (
+            seen.update({Path(path).stem: dtype}) or real(path, device, dtype, **named)
+        ),
+    )
     size = dict(steps=1, decoder_steps=1, width=64, height=64, output="pt")
     picture = Cascade(folder, dtype=torch.bfloat16, decoder_dtype="fp16")("a red circle", **size)
-    assert seen == {"stage_c": torch.bfloat16, "stage_b": torch.float16, "stage_a": torch.float16, "model": torch.bfloat16}
+    assert seen == {
+        "stage_c": torch.bfloat16,
+        "stage_b": torch.float16,
+        "stage_a": torch.float16,
+        "model": torch.bfloat16,
+    }
     assert (picture - Cascade(folder)("a red circle", **size)).abs().mean() < 0.05
 
 
@@ -208,8 +249,10 @@ def test_networks_come_back_ready_to_run(folder):
 
 def test_no_network_makes_a_tensor_on_another_device_than_its_own():
     """On the meta device a stray CPU tensor is an error."""
+
     def rand(*shape):
         return torch.rand(shape, device="meta")
+
     with torch.device("meta"):
         c, b, a = model.UNet(STAGE_C), model.UNet(STAGE_B), model.StageA(STAGE_A)
         encoder, previewer = model.SemanticEncoder(ENCODER), model.Previewer(PREVIEWER)
@@ -220,12 +263,16 @@ def test_no_network_makes_a_tensor_on_another_device_than_its_own():
     assert b(rand(2, 4, 22, 18), rand(2), pooled, effnet=rand(2, 16, 3, 3)).shape == (2, 4, 22, 18)
     assert a.decode(a.encode(rand(1, 3, 32, 40))).shape == (1, 3, 32, 40) and a.quantise(rand(1, 4, 3, 3))[1].is_meta
     assert previewer(encoder(rand(1, 3, 96, 64))).shape == (1, 3, 24, 16)
-    latents = list(sampler.sample(c, (16, 3, 3), {"clip_text_pooled": pooled, "clip_text": hidden}, 2, 4.0,
-                                  sampler.generators(0, 1)))
+    latents = list(
+        sampler.sample(
+            c, (16, 3, 3), {"clip_text_pooled": pooled, "clip_text": hidden}, 2, 4.0, sampler.generators(0, 1)
+        )
+    )
     assert latents[-1].is_meta and latents[-1].shape == (1, 16, 3, 3)
 
 
 # ------------------------------------------------------------------------------------------------ folders
+
 
 def test_original_diffusers_and_mixed_folders_give_the_same_picture(folder, tmp_path):
     diffusers = write_diffusers_folder(tmp_path / "diffusers", folder)
@@ -233,8 +280,9 @@ def test_original_diffusers_and_mixed_folders_give_the_same_picture(folder, tmp_
     shutil.copytree(diffusers, mixed)
     shutil.rmtree(mixed / "prior")
     shutil.copy(folder / "stage_c.safetensors", mixed)
-    pictures = [Cascade(one)("a red circle", width=128, height=128, output="pt", **FEW)
-                for one in (folder, diffusers, mixed)]
+    pictures = [
+        Cascade(one)("a red circle", width=128, height=128, output="pt", **FEW) for one in (folder, diffusers, mixed)
+    ]
     assert torch.allclose(pictures[0], pictures[1], atol=1e-5) and torch.allclose(pictures[0], pictures[2], atol=1e-5)
 
 
@@ -261,6 +309,7 @@ def test_a_bf16_file_is_taken_where_it_is_the_one_there(tmp_path):
 
 # ------------------------------------------------------------------------------------------------ the command
 
+
 def test_the_same_command_writes_the_same_bytes(folder, tmp_path):
     few = ("--steps", 2, "--decoder-steps", 1, "--weights", folder)
     for name in ("a.png", "b.png", "a.safetensors", "b.safetensors"):
@@ -273,9 +322,35 @@ def test_the_same_command_writes_the_same_bytes(folder, tmp_path):
 
 
 def test_several_pictures_are_numbered_and_say_what_they_were_made_with(folder, tmp_path):
-    assert cascade.main(["a red circle", "a st\u00e4r", "--images", "2", "--seed", "9", "--steps", "1", "--decoder-steps", "1",
-                         "--negative", "blue", "--weights", str(folder), "--width", "70", "--height", "80",
-                         "-o", str(tmp_path / "x.png"), "--device", "cpu"]) == 0
+    assert (
+        cascade.main(
+            [
+                "a red circle",
+                "a st\u00e4r",
+                "--images",
+                "2",
+                "--seed",
+                "9",
+                "--steps",
+                "1",
+                "--decoder-steps",
+                "1",
+                "--negative",
+                "blue",
+                "--weights",
+                str(folder),
+                "--width",
+                "70",
+                "--height",
+                "80",
+                "-o",
+                str(tmp_path / "x.png"),
+                "--device",
+                "cpu",
+            ]
+        )
+        == 0
+    )
     for i in range(4):
         with Image.open(tmp_path / f"x-{i}.png") as picture:
             said = picture.info
@@ -296,7 +371,23 @@ def test_help_teaches(capsys):
 
 def test_a_prompt_that_is_too_long_says_what_was_cut_and_is_drawn(folder, tmp_path, capsys):
     prompt = "red " * 75 + "circle star"
-    assert cascade.main([prompt, "--weights", str(folder), "--steps", "1", "--decoder-steps", "1", "--device", "cpu",
-                         "-o", str(tmp_path / "x.png")]) == 0
+    assert (
+        cascade.main(
+            [
+                prompt,
+                "--weights",
+                str(folder),
+                "--steps",
+                "1",
+                "--decoder-steps",
+                "1",
+                "--device",
+                "cpu",
+                "-o",
+                str(tmp_path / "x.png"),
+            ]
+        )
+        == 0
+    )
     said = [line for line in capsys.readouterr().err.splitlines() if "77 tokens" in line]
     assert len(said) == 1 and "'circle star'" in said[0] and (tmp_path / "x.png").exists()

@@ -10,8 +10,25 @@ import pytest
 from PIL import Image, ImageFilter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "weights"))
-from shapes import (COLOURS, HELD_OUT_PAIRS, HELD_OUT_THINGS, OPPOSITE, SHAPES, SIDE, SIZES, Scene, Thing,  # noqa: E402
-                    caption, full_caption, held_out, judge, relation, render, right, sample_scene)
+from shapes import (
+    COLOURS,
+    HELD_OUT_PAIRS,
+    HELD_OUT_THINGS,
+    OPPOSITE,
+    SHAPES,
+    SIDE,
+    SIZES,
+    Scene,
+    Thing,  # noqa: E402
+    caption,
+    full_caption,
+    held_out,
+    judge,
+    relation,
+    render,
+    right,
+    sample_scene,
+)
 
 
 def sample_scenes(count, seed=0, **options):
@@ -24,6 +41,7 @@ def names(scene):
 
 
 # ---- scenes ----------------------------------------------------------------------------------------------------------
+
 
 def test_the_same_seed_gives_the_same_scenes():
     assert sample_scenes(100) == sample_scenes(100)
@@ -79,6 +97,7 @@ def test_relation_is_the_first_things_and_turns_with_their_order():
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
 
+
 def test_a_picture_shows_what_its_scene_says():
     for scene in sample_scenes(500):
         picture = render(scene)
@@ -97,6 +116,7 @@ def test_edges_are_soft_and_places_are_finer_than_a_pixel(shape):
         cover = render(Scene((Thing(shape, "white", "small", x, 64.0),), "black"))[..., 0].astype(float) - 15
         assert len(np.unique(cover)) > (2 if shape == "square" else 10)
         return (cover.sum(0) * np.arange(SIDE)).sum() / cover.sum()
+
     assert weight(64.25) - weight(64.0) == pytest.approx(0.25, abs=0.02)
 
 
@@ -108,6 +128,7 @@ def test_a_picture_of_another_size_is_the_same_picture():
 
 # ---- the judge -------------------------------------------------------------------------------------------------------
 
+
 def blurred(picture):
     return np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(1.5)))
 
@@ -117,8 +138,11 @@ def noisy(picture):
     return np.clip(np.rint(picture + noise), 0, 255).astype(np.uint8)
 
 
-@pytest.mark.parametrize("spoil", [lambda p: p, noisy, blurred, lambda p: noisy(blurred(p))],
-                         ids=["clean", "noisy", "blurred", "noisy and blurred"])
+@pytest.mark.parametrize(
+    "spoil",
+    [lambda p: p, noisy, blurred, lambda p: noisy(blurred(p))],
+    ids=["clean", "noisy", "blurred", "noisy and blurred"],
+)
 def test_the_judge_reads_at_least_99_percent_of_everything(spoil):
     scenes = sample_scenes(75, seed=3) + sample_scenes(50, seed=4, held=True)
     verdicts = [right(scene, judge(spoil(render(scene)))) for scene in scenes]
@@ -165,8 +189,17 @@ def test_a_wrong_picture_is_judged_wrong():
 
 # ---- captions --------------------------------------------------------------------------------------------------------
 
-PLAIN = {"disc": "circle", "box": "square", "hoop": "ring", "big": "large", "little": "small", "tiny": "small",
-         "over": "above", "under": "below", "beneath": "below"}
+PLAIN = {
+    "disc": "circle",
+    "box": "square",
+    "hoop": "ring",
+    "big": "large",
+    "little": "small",
+    "tiny": "small",
+    "over": "above",
+    "under": "below",
+    "beneath": "below",
+}
 ONE_OF = {"colour": "|".join(COLOURS), "shape": "|".join(SHAPES), "size": "|".join(SIZES), "where": "|".join(OPPOSITE)}
 
 
@@ -177,7 +210,7 @@ def read_caption(text):
     ground = r"on (?:an? |the )?(%s)(?: background| ground| field| backdrop)?" % ONE_OF["colour"]
     found = re.search(rf"^{ground} ,|{ground}$", text)
     if found:
-        text = text[:found.start()] + text[found.end():]
+        text = text[: found.start()] + text[found.end() :]
     thing = r"(?:(?P<size>%(size)s) )?(?:(?P<colour>%(colour)s) )?\b(?P<shape>%(shape)s|thing|object)\b" % ONE_OF
     text = re.sub(r"something (\w+)", r"a \1 thing", text)
     things = [match.groupdict() for match in re.finditer(thing, text)]
@@ -212,8 +245,9 @@ def test_captions_name_nothing_wrong_and_about_half_name_everything():
             named.append((where, relation(Scene(order, scene.ground))))
             fits |= all(value in (None, truth) for value, truth in named)
         assert fits, (text, scene)
-        full.append(None not in [value for each in said for value in each.values()] + [ground]
-                    and (where or len(said) == 1))
+        full.append(
+            None not in [value for each in said for value in each.values()] + [ground] and (where or len(said) == 1)
+        )
     assert 0.45 < np.mean([bool(value) for value in full]) < 0.6
     assert 45 < len(words) < 100
 

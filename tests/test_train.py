@@ -1,4 +1,5 @@
 """The trainer trains: a quick run of every stage, resumed once, gives files that the command draws with."""
+
 import re
 import subprocess
 import sys
@@ -10,8 +11,16 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def train(folder, *stages):
-    command = [sys.executable, ROOT / "weights" / "train_tiny.py", *stages, "--quick", "--out", folder / "tiny",
-               "--work", folder / "work"]
+    command = [
+        sys.executable,
+        ROOT / "weights" / "train_tiny.py",
+        *stages,
+        "--quick",
+        "--out",
+        folder / "tiny",
+        "--work",
+        folder / "work",
+    ]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
@@ -37,6 +46,21 @@ def test_a_finished_stage_is_not_trained_again_and_gives_the_same_file(trained):
 def test_the_command_draws_with_what_was_trained(trained):
     folder, _ = trained
     picture = folder / "picture.png"
-    subprocess.run([sys.executable, ROOT / "cascade.py", "a red circle", "--weights", folder / "tiny", "-o", picture,
-                    "--steps", "2", "--decoder-steps", "2"], capture_output=True, check=True)
+    subprocess.run(
+        [
+            sys.executable,
+            ROOT / "cascade.py",
+            "a red circle",
+            "--weights",
+            folder / "tiny",
+            "-o",
+            picture,
+            "--steps",
+            "2",
+            "--decoder-steps",
+            "2",
+        ],
+        capture_output=True,
+        check=True,
+    )
     assert picture.stat().st_size > 1000

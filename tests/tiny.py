@@ -1,4 +1,5 @@
 """Tiny networks with every parameter random, and whole weights folders made of them, for the tests."""
+
 import json
 from pathlib import Path
 
@@ -6,19 +7,60 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
 
-from model import (Previewer, PreviewerConfig, SemanticEncoder, SemanticEncoderConfig, StageA, StageAConfig, UNet,
-                   UNetConfig)
+from model import (
+    Previewer,
+    PreviewerConfig,
+    SemanticEncoder,
+    SemanticEncoderConfig,
+    StageA,
+    StageAConfig,
+    UNet,
+    UNetConfig,
+)
 from text_encoder import TextConfig, TextEncoder
 
 # Every kind of block, repeats on both ways, several levels: all that the official files have.
-STAGE_C = UNetConfig(widths=(64, 128), down=("RTA", "RTARTA"), up=("RTARTA", "RTA"), down_repeat=(1, 2), up_repeat=(1, 2),
-                     c_cond=48, latent=16, patch=1, extras=("sca", "crp"), text=64, image=24, switch=(False,))
-STAGE_B = UNetConfig(widths=(32, 64, 64), down=("RT", "RTRT", "RTA"), up=("RTARTA", "RT", "RTRT"), down_repeat=(1, 1, 1),
-                     up_repeat=(3, 2, 1), c_cond=48, latent=4, patch=2, extras=("sca",), text=64, semantic=16)
+STAGE_C = UNetConfig(
+    widths=(64, 128),
+    down=("RTA", "RTARTA"),
+    up=("RTARTA", "RTA"),
+    down_repeat=(1, 2),
+    up_repeat=(1, 2),
+    c_cond=48,
+    latent=16,
+    patch=1,
+    extras=("sca", "crp"),
+    text=64,
+    image=24,
+    switch=(False,),
+)
+STAGE_B = UNetConfig(
+    widths=(32, 64, 64),
+    down=("RT", "RTRT", "RTA"),
+    up=("RTARTA", "RT", "RTRT"),
+    down_repeat=(1, 1, 1),
+    up_repeat=(3, 2, 1),
+    c_cond=48,
+    latent=4,
+    patch=2,
+    extras=("sca",),
+    text=64,
+    semantic=16,
+)
 STAGE_A = StageAConfig(widths=(16, 32), deep_blocks=3, codes=24)
 TEXT = TextConfig(vocabulary=520, width=64, layers=3, hidden=128, projection=64, end=519)
-ENCODER = SemanticEncoderConfig(stem=8, stages=((True, 1, 8, 2), (True, 4, 16, 2), (True, 4, 16, 1), (False, 4, 24, 2),
-                                                (False, 6, 24, 2), (False, 6, 32, 1)), head=40)
+ENCODER = SemanticEncoderConfig(
+    stem=8,
+    stages=(
+        (True, 1, 8, 2),
+        (True, 4, 16, 2),
+        (True, 4, 16, 1),
+        (False, 4, 24, 2),
+        (False, 6, 24, 2),
+        (False, 6, 32, 1),
+    ),
+    head=40,
+)
 PREVIEWER = PreviewerConfig(widths=(32, 24, 16, 16))
 
 
@@ -32,9 +74,12 @@ def randomise(network, seed):
             tensor.fill_(7)
         elif name.endswith("running_var"):
             tensor.copy_(0.5 + noise.abs())
-        elif tensor.dim() < 2 or tensor.shape[:3] == (1, 1, 1):         # biases, norms, GRN, Stage A's scalars
-            is_scale = "norm" in name and name.endswith("weight") or f"{name.removesuffix('weight')}running_var" in (
-                network.state_dict())
+        elif tensor.dim() < 2 or tensor.shape[:3] == (1, 1, 1):  # biases, norms, GRN, Stage A's scalars
+            is_scale = (
+                "norm" in name
+                and name.endswith("weight")
+                or f"{name.removesuffix('weight')}running_var" in (network.state_dict())
+            )
             tensor.copy_(0.3 * noise + (1 if is_scale and name.endswith("weight") else 0))
         else:
             tensor.copy_(noise / tensor[0].numel() ** 0.5)
@@ -43,14 +88,19 @@ def randomise(network, seed):
 
 def networks(seed=0):
     """name -> network, the folder's files in the original layout."""
-    made = {"stage_c": UNet(STAGE_C), "stage_b": UNet(STAGE_B), "stage_a": StageA(STAGE_A),
-            "effnet_encoder": SemanticEncoder(ENCODER), "previewer": Previewer(PREVIEWER),
-            "text_encoder/model": TextEncoder(TEXT)}
+    made = {
+        "stage_c": UNet(STAGE_C),
+        "stage_b": UNet(STAGE_B),
+        "stage_a": StageA(STAGE_A),
+        "effnet_encoder": SemanticEncoder(ENCODER),
+        "previewer": Previewer(PREVIEWER),
+        "text_encoder/model": TextEncoder(TEXT),
+    }
     for i, network in enumerate(made.values()):
         randomise(network, 100 * seed + i)
     enter, leave = made["stage_a"].up_blocks[0][0], made["stage_a"].out_block[0]
-    enter.weight.mul_(0.02)                                             # random UNets make latents of some dozens
-    leave.weight.mul_(0.15), leave.bias.copy_(0.5 + 0.1 * leave.bias)   # and pictures should lie within [0, 1]
+    enter.weight.mul_(0.02)  # random UNets make latents of some dozens
+    leave.weight.mul_(0.15), leave.bias.copy_(0.5 + 0.1 * leave.bias)  # and pictures should lie within [0, 1]
     return made
 
 
@@ -71,15 +121,22 @@ def write_folder(folder, seed=0, dtype=torch.float32):
     write_tokenizer(folder / "tokenizer")
     (folder / "text_encoder").mkdir(exist_ok=True)
     for name, network in networks(seed).items():
-        save(network.state_dict(), folder / f"{name}.safetensors", dtype,
-             {"width": "128", "height": "128"} if name == "stage_c" else None)
+        save(
+            network.state_dict(),
+            folder / f"{name}.safetensors",
+            dtype,
+            {"width": "128", "height": "128"} if name == "stage_c" else None,
+        )
     return folder
 
 
 def save(state, path, dtype=torch.float32, metadata=None):
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: (value.to(dtype) if value.is_floating_point() else value).contiguous()
-               for name, value in state.items()}, path, metadata)
+    save_file(
+        {name: (value.to(dtype) if value.is_floating_point() else value).contiguous() for name, value in state.items()},
+        path,
+        metadata,
+    )
 
 
 def to_diffusers(state):
@@ -91,18 +148,25 @@ def to_diffusers(state):
             for part, piece in zip(("to_q", "to_k", "to_v"), tensor.chunk(3)):
                 renamed[f"{stem}.{part}.{kind}"] = piece.clone()
         else:
-            name = name.replace(".attn.out_proj.", ".to_out.0.").replace("vquantizer.codebook.", "vquantizer.embedding.")
-            renamed["clip_txt_pooled_mapper." + name.split(".")[1] if name.startswith("clip_mapper.") else name] = tensor
+            name = name.replace(".attn.out_proj.", ".to_out.0.").replace(
+                "vquantizer.codebook.", "vquantizer.embedding."
+            )
+            renamed["clip_txt_pooled_mapper." + name.split(".")[1] if name.startswith("clip_mapper.") else name] = (
+                tensor
+            )
     return renamed
 
 
 def write_diffusers_folder(folder, original):
     """The same weights as a folder of original files, in the diffusers layout."""
     from safetensors.torch import load_file
+
     folder, original = Path(folder), Path(original)
     for place, name in (("prior", "stage_c"), ("decoder", "stage_b"), ("vqgan", "stage_a")):
-        save(to_diffusers(load_file(original / f"{name}.safetensors")),
-             folder / place / "diffusion_pytorch_model.safetensors")
+        save(
+            to_diffusers(load_file(original / f"{name}.safetensors")),
+            folder / place / "diffusion_pytorch_model.safetensors",
+        )
     (folder / "vqgan" / "config.json").write_text(json.dumps({"scale_factor": 0.43}))
     save(load_file(original / "text_encoder" / "model.safetensors"), folder / "text_encoder" / "model.safetensors")
     write_tokenizer(folder / "tokenizer")

@@ -1,4 +1,5 @@
 """The sampler is diffusers' DDPMWuerstchenScheduler, step by step."""
+
 import pytest
 import torch
 from peers import assert_same, scheduler
@@ -27,6 +28,6 @@ def test_every_step_is_the_schedulers(steps):
         x = sampler.step(x, epsilon, sampler.draw(ours, shape, "cpu"), t, t_next)
         y = peer.step(epsilon, t.expand(3), y, generator=theirs).prev_sample
         assert_same(x, y, 1e-6)
-        y = x                                                           # every step is compared by itself
-    for a, b in zip(ours, theirs):                                      # the last step drew as well
+        y = x  # every step is compared by itself
+    for a, b in zip(ours, theirs):  # the last step drew as well
         assert torch.equal(torch.randn(20, generator=a), torch.randn(20, generator=b))

@@ -1,4 +1,5 @@
 """Stage A is diffusers' PaellaVQModel."""
+
 import json
 from dataclasses import replace
 
@@ -9,8 +10,11 @@ from tiny import STAGE_A, randomise, save, to_diffusers
 
 from model import StageA, load
 
-CONFIGS = {"tiny": STAGE_A, "wide": replace(STAGE_A, widths=(24, 48), deep_blocks=1, codes=100, scale_factor=0.3764),
-           "three levels": replace(STAGE_A, widths=(8, 16, 32), deep_blocks=2, latent=6)}
+CONFIGS = {
+    "tiny": STAGE_A,
+    "wide": replace(STAGE_A, widths=(24, 48), deep_blocks=1, codes=100, scale_factor=0.3764),
+    "three levels": replace(STAGE_A, widths=(8, 16, 32), deep_blocks=2, latent=6),
+}
 
 
 @pytest.fixture(params=CONFIGS.values(), ids=CONFIGS)

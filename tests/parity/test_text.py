@@ -1,4 +1,5 @@
 """The text tower is transformers' CLIPTextModelWithProjection, the tokenizer its CLIPTokenizer."""
+
 import gzip
 import json
 from dataclasses import replace
@@ -15,9 +16,12 @@ from transformers import CLIPTokenizer
 import text_encoder
 from text_encoder import TextEncoder, Tokenizer
 
-CONFIGS = {"tiny": TEXT, "quick_gelu": replace(TEXT, act="quick_gelu", layers=2),
-           "wide": replace(TEXT, width=128, hidden=200, layers=2, projection=96, vocabulary=50, end=49),
-           "one layer": replace(TEXT, layers=1)}
+CONFIGS = {
+    "tiny": TEXT,
+    "quick_gelu": replace(TEXT, act="quick_gelu", layers=2),
+    "wide": replace(TEXT, width=128, hidden=200, layers=2, projection=96, vocabulary=50, end=49),
+    "one layer": replace(TEXT, layers=1),
+}
 
 
 def rows(config, seed=0):
@@ -26,7 +30,7 @@ def rows(config, seed=0):
     ids = torch.randint(0, config.end - 1, (4, config.length))
     mask = torch.zeros_like(ids)
     for row, length in enumerate((9, config.length, 2, 30)):
-        ids[row, 0], ids[row, length - 1:], mask[row, :length] = config.end - 1, config.end, 1
+        ids[row, 0], ids[row, length - 1 :], mask[row, :length] = config.end - 1, config.end, 1
     ids[3, 12] = config.end
     return ids, mask
 
@@ -76,13 +80,31 @@ def test_an_end_token_of_2_means_the_last_row(tmp_path):
 # ------------------------------------------------------------------------------------------------ the tokenizer
 
 PROMPTS = [
-    "", "a photo of a cat", "Anthropomorphic Cat, dressed as a PILOT", "it's don't I'll we've you're he'd I'm", "IT'S 'S 'T",
-    "12345 3.14 2024-02-12", "!!!??? ...--- ;;", "  many   spaces \t\n and lines ", "\u00a0no-break\u3000ideographic\u2028line",
-    "H\u00e9llo W\u00f6rld na\u00efve caf\u00e9's", "e\u0301 n\u0303 decomposed", "\u65e5\u672c\u8a9e\u306e\u30c6\u30ad\u30b9\u30c8",
-    "\u0645\u0631\u062d\u0628\u0627 \u05e9\u05dc\u05d5\u05dd", "\U0001f600 \U0001f469\u200d\U0001f469\u200d\U0001f467 flags \U0001f1e9\U0001f1ea",
-    "\u0130stanbul \u1e9e \u01c5 \ufb01 \ufb02 \u00bd \u00b2", "a_b-c/d\\e {f} [g] <h> `i`", "tab\x07bell \x00 nul \x1b", "\u200bzero width",
-    "<|endoftext|> inside", "a <|startoftext|>b <|endoftext|>", "<|ENDOFTEXT|>", "x" * 400, "word " * 100,
-    "\u0915\u094d\u0937\u0924\u094d\u0930\u093f\u092f \u0e44\u0e17\u0e22 \ud55c\uad6d\uc5b4", "supercalifragilisticexpialidocious",
+    "",
+    "a photo of a cat",
+    "Anthropomorphic Cat, dressed as a PILOT",
+    "it's don't I'll we've you're he'd I'm",
+    "IT'S 'S 'T",
+    "12345 3.14 2024-02-12",
+    "!!!??? ...--- ;;",
+    "  many   spaces \t\n and lines ",
+    "\u00a0no-break\u3000ideographic\u2028line",
+    "H\u00e9llo W\u00f6rld na\u00efve caf\u00e9's",
+    "e\u0301 n\u0303 decomposed",
+    "\u65e5\u672c\u8a9e\u306e\u30c6\u30ad\u30b9\u30c8",
+    "\u0645\u0631\u062d\u0628\u0627 \u05e9\u05dc\u05d5\u05dd",
+    "\U0001f600 \U0001f469\u200d\U0001f469\u200d\U0001f467 flags \U0001f1e9\U0001f1ea",
+    "\u0130stanbul \u1e9e \u01c5 \ufb01 \ufb02 \u00bd \u00b2",
+    "a_b-c/d\\e {f} [g] <h> `i`",
+    "tab\x07bell \x00 nul \x1b",
+    "\u200bzero width",
+    "<|endoftext|> inside",
+    "a <|startoftext|>b <|endoftext|>",
+    "<|ENDOFTEXT|>",
+    "x" * 400,
+    "word " * 100,
+    "\u0915\u094d\u0937\u0924\u094d\u0930\u093f\u092f \u0e44\u0e17\u0e22 \ud55c\uad6d\uc5b4",
+    "supercalifragilisticexpialidocious",
 ]
 
 
@@ -92,11 +114,17 @@ def vocabulary(tmp_path_factory):
     if find_spec("open_clip") is None:
         pytest.skip("the vocabulary comes with open_clip_torch")
     file = Path(find_spec("open_clip").submodule_search_locations[0]) / "bpe_simple_vocab_16e6.txt.gz"
-    merges = gzip.decompress(file.read_bytes()).decode("utf-8").split("\n")[1:49152 - 256 - 2 + 1]
-    plain = [chr(byte) for byte in (*range(33, 127), *range(161, 173), *range(174, 256))]       # they stand for themselves
+    merges = gzip.decompress(file.read_bytes()).decode("utf-8").split("\n")[1 : 49152 - 256 - 2 + 1]
+    plain = [chr(byte) for byte in (*range(33, 127), *range(161, 173), *range(174, 256))]  # they stand for themselves
     others = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - set(plain))
-    words = [*plain, *others, *(letter + "</w>" for letter in plain + others), *("".join(merge.split()) for merge in merges),
-             "<|startoftext|>", "<|endoftext|>"]
+    words = [
+        *plain,
+        *others,
+        *(letter + "</w>" for letter in plain + others),
+        *("".join(merge.split()) for merge in merges),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
     assert len(words) == 49408 and words[320] == "a</w>"
     folder = tmp_path_factory.mktemp("tokenizer")
     (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}), encoding="utf-8")

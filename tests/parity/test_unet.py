@@ -1,4 +1,5 @@
 """Stage B and C are diffusers' StableCascadeUNet."""
+
 from dataclasses import replace
 
 import pytest
@@ -10,20 +11,41 @@ from model import UNet, load
 
 C_CONFIGS = {
     "tiny": STAGE_C,
-    "one group a level, equal widths": replace(STAGE_C, widths=(64, 64), down=("RTA", "RTA"), up=("RTA", "RTA"),
-                                               down_repeat=(1, 1), up_repeat=(1, 1), c_cond=64),
+    "one group a level, equal widths": replace(
+        STAGE_C,
+        widths=(64, 64),
+        down=("RTA", "RTA"),
+        up=("RTA", "RTA"),
+        down_repeat=(1, 1),
+        up_repeat=(1, 1),
+        c_cond=64,
+    ),
     "repeats everywhere": replace(STAGE_C, down_repeat=(3, 2), up_repeat=(2, 3), text=40, image=40),
     "a level that switches resolution": replace(STAGE_C, switch=(True,)),
-    "three levels": replace(STAGE_C, widths=(64, 64, 128), down=("RTA",) * 3, up=("RTA",) * 3, down_repeat=(1, 1, 1),
-                            up_repeat=(1, 2, 1), switch=(False, True)),
+    "three levels": replace(
+        STAGE_C,
+        widths=(64, 64, 128),
+        down=("RTA",) * 3,
+        up=("RTA",) * 3,
+        down_repeat=(1, 1, 1),
+        up_repeat=(1, 2, 1),
+        switch=(False, True),
+    ),
 }
 B_CONFIGS = {
     "tiny": STAGE_B,
     "repeats everywhere": replace(STAGE_B, down_repeat=(2, 1, 3), up_repeat=(2, 3, 2)),
-    "attention at the second level": replace(STAGE_B, widths=(32, 64, 128), down=("RT", "RTARTA", "RTA"),
-                                             up=("RTARTA", "RTA", "RTRT")),
-    "four levels": replace(STAGE_B, widths=(32, 32, 64, 64), down=("RT", "RT", "RTA", "RTA"),
-                           up=("RTA", "RTARTA", "RT", "RTRT"), down_repeat=(1, 1, 1, 1), up_repeat=(3, 3, 2, 2)),
+    "attention at the second level": replace(
+        STAGE_B, widths=(32, 64, 128), down=("RT", "RTARTA", "RTA"), up=("RTARTA", "RTA", "RTRT")
+    ),
+    "four levels": replace(
+        STAGE_B,
+        widths=(32, 32, 64, 64),
+        down=("RT", "RT", "RTA", "RTA"),
+        up=("RTA", "RTARTA", "RT", "RTRT"),
+        down_repeat=(1, 1, 1, 1),
+        up_repeat=(3, 3, 2, 2),
+    ),
 }
 
 
@@ -83,7 +105,7 @@ def test_stage_b_sees_pixels():
 def test_a_flat_pooled_embedding_is_one_row(config):
     unet = randomise(UNet(config), 5)
     x, r, given = inputs(config, (8, 8))
-    _, theirs = both(unet, x, r, **given)                               # diffusers fails on the flat one
+    _, theirs = both(unet, x, r, **given)  # diffusers fails on the flat one
     assert_same(unet(x, r, **given | {"clip_text_pooled": given["clip_text_pooled"].squeeze(1)}), theirs)
 
 
@@ -97,10 +119,20 @@ def test_sca_and_crp_of_each_row_reach_it():
     unet = randomise(UNet(STAGE_C), 6)
     x, r, given = inputs(STAGE_C, (4, 4))
     sca, crp = torch.tensor([0.2, 0.0, 0.9]), torch.tensor([0.4, 0.7, 0.0])
-    peer = diffusers_unet(unet)                                         # it takes them one row at a time
+    peer = diffusers_unet(unet)  # it takes them one row at a time
     with torch.no_grad():
-        theirs = torch.cat([peer(x[i:i + 1], r[i:i + 1], sca=sca[i:i + 1], crp=crp[i:i + 1],
-                                 **{name: value[i:i + 1] for name, value in given.items()}).sample for i in range(3)])
+        theirs = torch.cat(
+            [
+                peer(
+                    x[i : i + 1],
+                    r[i : i + 1],
+                    sca=sca[i : i + 1],
+                    crp=crp[i : i + 1],
+                    **{name: value[i : i + 1] for name, value in given.items()},
+                ).sample
+                for i in range(3)
+            ]
+        )
     assert_same(unet(x, r, sca=sca, crp=crp, **given), theirs)
     assert (unet(x, r, **given) - theirs).abs().max() > 1e-2
 
