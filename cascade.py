@@ -39,9 +39,9 @@ from sampler import draw, generators, sample
 COMPRESSION = 42.67                                     # pixels per position of the semantic latent
 LIMITS = {"width": (64, 8192), "height": (64, 8192), "steps": (1, 1000), "prior_steps": (0, 1000),
           "guidance": (0.0, 100.0), "images": (1, 1000), "seed": (0, 2 ** 63 - 1)}
+OUTPUTS = ("pil", "np", "pt", "latent")
 TINY = Path(__file__).resolve().parent / "weights" / "tiny"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-OUTPUTS = ("pil", "np", "pt", "latent")
 
 # Where a network's file may lie in a weights folder: the original single file or the diffusers folder.
 PLACES = {"stage_c": ("stage_c", "prior/diffusion_pytorch_model"),
@@ -71,6 +71,11 @@ def check(**values):
         kind, what = (numbers.Real, "number") if isinstance(low, float) else (numbers.Integral, "whole number")
         if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
             raise CascadeError(f"{name} is {value!r}; wanted is a {what} from {low} to {high}")
+
+
+def check_output(output):
+    if output not in OUTPUTS:
+        raise CascadeError(f"output is {output!r}; wanted is one of {', '.join(OUTPUTS)}")
 
 
 def strings(name, value):
@@ -208,9 +213,7 @@ class Cascade:
         h, w = latents.shape[2:]
         width, height = self.size(int(w * COMPRESSION) if width is None else width,
                                   int(h * COMPRESSION) if height is None else height)
-        check(steps=steps, guidance=guidance, seed=seed, prior_steps=prior_steps)
-        if output not in OUTPUTS:
-            raise CascadeError(f"output is {output!r}; wanted is one of {', '.join(OUTPUTS)}")
+        check(steps=steps, guidance=guidance, seed=seed, prior_steps=prior_steps), check_output(output)
         if (h, w) != (math.ceil(height / COMPRESSION), math.ceil(width / COMPRESSION)):
             raise CascadeError(f"latents of {h} x {w} are not those of a picture of {width} x {height}")
         text = prompts if isinstance(prompts, Text) else self.read(prompts, negative)
@@ -244,8 +247,9 @@ class Cascade:
     def __call__(self, prompts, negative="", width=None, height=None, steps=20, guidance=4.0, decoder_steps=10,
                  decoder_guidance=0.0, images=1, seed=0, output="pil"):
         """Prompts -> pictures, `images` of each; picture i of all is drawn from seed + i. See `prior` and `decode`."""
+        check(steps=decoder_steps, guidance=decoder_guidance), check_output(output)     # now, not after the prior
         for name in self.stages:
-            self.file(name)                             # whatever is missing is missing now, not in ten minutes
+            self.file(name)
         width, height = self.size(width, height)
         text = self.read(prompts, negative)
         latents = self.prior(text, "", width, height, steps, guidance, images, seed)    # (N, 16, h, w)
@@ -329,8 +333,9 @@ def run(options):
         text = cascade.read(prompts, used["negative"])
     else:
         prompts, seed, steps = options.prompts, options.seed, options.steps
+        check(steps=options.decoder_steps, guidance=options.decoder_guidance)       # now, not after the prior
         for name in ["text_encoder", "stage_c"] if output.suffix == ".safetensors" else cascade.stages:
-            cascade.file(name)                          # whatever is missing is missing now, not in ten minutes
+            cascade.file(name)
         width, height = cascade.size(options.width, options.height)
         text = cascade.read(prompts, options.negative)
         latents = cascade.prior(text, "", width, height, steps, options.guidance, options.images, seed)

@@ -3,8 +3,8 @@
     python tests/make_golden.py                 # needs tests/parity/requirements.txt
     python tests/make_golden.py effnet_encoder  # needs torchvision alone, beside torch
 
-The weights are those of tests/tiny.py, drawn from a seed; every file holds the inputs, the peer's outputs and the sum of the
-weights' absolute values, which tells other weights from other mathematics.
+The weights are those of tests/tiny.py, drawn from a seed; every file holds the inputs, the peer's outputs and the sum
+of the weights' absolute values, which tells other weights from other mathematics.
 """
 
 import sys

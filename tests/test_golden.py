@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import networks, randomise, weight_sum, write_folder
+from tiny import randomise, weight_sum, write_folder
 
 import cascade
 import sampler
@@ -55,8 +55,8 @@ def test_the_network_answers_as_its_peer_did(folder, name):
         assert error(ours[key], theirs) <= 1e-5, key
 
 
-# What an answer cannot depend on: the codebook, which neither encode nor decode reads, and the keys' bias, which adds the
-# same to every score of a query.
+# What an answer cannot depend on: the codebook, which neither encode nor decode reads, and the keys' bias, which adds
+# the same to every score of a query.
 SILENT = ("num_batches_tracked", "vquantizer.codebook.weight", "k_proj.bias")
 
 

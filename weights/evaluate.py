@@ -1,5 +1,5 @@
-"""Does the small cascade draw what its prompts say? Draws one picture per prompt, lets the judge of shapes.py read them,
-and prints a table.
+"""Does the small cascade draw what its prompts say? Draws one picture per prompt, lets the judge of shapes.py read
+them, and prints a table.
 
     python weights/evaluate.py                      # 200 prompts of each kind
     python weights/evaluate.py --count 40           # a quick look

@@ -15,7 +15,7 @@ Places are in pixels of a 128 x 128 picture: x to the right and y down from its 
 
 from dataclasses import dataclass
 from functools import lru_cache
-from math import ceil, cos, floor, pi, sin
+from math import ceil, cos, pi, sin
 
 import numpy as np
 from PIL import Image, ImageFilter

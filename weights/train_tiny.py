@@ -37,10 +37,10 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import shapes                                                                           # noqa: E402
-from model import (Previewer, PreviewerConfig, SemanticEncoder, SemanticEncoderConfig, StageA, StageAConfig, UNet,   # noqa: E402
-                   UNetConfig, load)
+from model import (Previewer, PreviewerConfig, SemanticEncoder, SemanticEncoderConfig,  # noqa: E402
+                   StageA, StageAConfig, UNet, UNetConfig, load)
 from sampler import alpha_bar                                                           # noqa: E402
-from text_encoder import END, START, TextConfig, TextEncoder, Tokenizer, build_tokenizer    # noqa: E402
+from text_encoder import END, START, TextConfig, TextEncoder, Tokenizer                 # noqa: E402
 
 # ------------------------------------------------------------------------------------------------ the sizes
 
@@ -52,7 +52,7 @@ STAGE_B = UNetConfig(widths=(64, 128, 192), down=("RT", "RTRT", "RTA"), up=("RTA
                      text=128, semantic=16)
 STAGE_C = UNetConfig(widths=(192, 192), down=("RTA", "RTA"), up=("RTA", "RTA"), down_repeat=(1, 1), up_repeat=(1, 1),
                      c_cond=128, latent=16, patch=1, extras=("sca", "crp"), text=128, image=64, switch=(False,))
-TEXT = TextConfig(width=128, layers=3, hidden=256, projection=128)                      # vocabulary: as the tokenizer says
+TEXT = TextConfig(width=128, layers=3, hidden=256, projection=128)      # the vocabulary is what the tokenizer says
 
 SEMANTIC_SIDE = 96          # the encoder sees pictures at 3/4 of their size, as in the official cascade
 NOISE = 0.1                 # added to semantic latents while decoders train, so that Stage C may err that much
@@ -75,7 +75,7 @@ def shrink(image, side):
     return F.interpolate(image, (side, side), mode="bilinear", antialias=True, align_corners=False)
 
 
-# ------------------------------------------------------------------------------------------------ the loop of every stage
+# ------------------------------------------------------------------------------------------------ the loop
 
 def train(name, network, loss_of, steps, lr, work, report=None):
     """AdamW, a short warm-up, a cosine to zero, and a moving average of the weights, which is what is kept.
@@ -83,23 +83,22 @@ def train(name, network, loss_of, steps, lr, work, report=None):
     loss_of(step) -> a dict of losses whose sum is minimised. Returns the network with the averaged weights.
     """
     optimizer = torch.optim.AdamW(network.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / min(200, steps // 4), 0.5 + 0.5 * math.cos(math.pi * min(step / steps, 1))))
     average = {key: value.clone() for key, value in network.state_dict().items()}
     checkpoint, start = work / f"{name}.safetensors", 0
     if checkpoint.exists():
-        start = resume(checkpoint, network, optimizer, schedule, average)
+        start = resume(checkpoint, network, optimizer, average)
         print(f"{name}: continues at step {start}", flush=True)
     network.train()
     clock, saved, told, every = time.time(), time.time(), [], min(100, steps // 4)
     for step in range(start, steps):
         torch.manual_seed(step)                                         # the same noise after a resume
+        optimizer.param_groups[0]["lr"] = lr * min((step + 1) / min(200, steps // 4),
+                                                   0.5 + 0.5 * math.cos(math.pi * step / steps))
         losses = loss_of(step)
         optimizer.zero_grad(set_to_none=True)
         sum(losses.values()).backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
-        schedule.step()
         decay = min(0.999, (step + 1) / (step + 20))
         for key, value in network.state_dict().items():
             average[key].lerp_(value, 1 - decay) if value.is_floating_point() else average[key].copy_(value)
@@ -123,7 +122,7 @@ def save_checkpoint(path, network, optimizer, average, step):
     write(tensors, path, {"step": str(step)})
 
 
-def resume(path, network, optimizer, schedule, average):
+def resume(path, network, optimizer, average):
     tensors = load_file(path)
     with safe_open(path, framework="pt") as file:
         step = int(file.metadata()["step"])
@@ -137,8 +136,6 @@ def resume(path, network, optimizer, schedule, average):
         i, key = key.split(".")
         state.setdefault(int(i), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    for _ in range(step):
-        schedule.step()
     return step
 
 
@@ -164,13 +161,14 @@ def train_tokenizer(options):
     captions = [shapes.caption(scene, rng).lower() for scene in scenes(20000, seed=0)]
     bpe = BytePairTokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
-    bpe.train_from_iterator(captions, trainers.BpeTrainer(vocab_size=2000, end_of_word_suffix="</w>", show_progress=False))
+    trainer = trainers.BpeTrainer(vocab_size=2000, end_of_word_suffix="</w>", show_progress=False)
+    bpe.train_from_iterator(captions, trainer)
     merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = letters + [letter + "</w>" for letter in letters] + ["".join(merge) for merge in merges] + [START, END]
     folder = options.out / "tokenizer"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}, ensure_ascii=False), "utf-8")
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}), "utf-8")
     (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), "utf-8")
     print(f"tokenizer: {len(words)} tokens, {len(merges)} merges")
 
@@ -263,18 +261,18 @@ def start_from_the_noise(unet):
         leave.weight[:, :k], leave.weight[:, k:2 * k] = eye * scale / 2, -eye * scale / 2
 
 
-def noise_loss(unet, x0, **condition):
-    """Epsilon prediction on the cosine schedule. The weight makes it nearly a loss on x0, bounded; a tenth of the times
-    lie next to 1, where the first step of the sampler is."""
-    t = torch.rand(len(x0))
+def noise_loss(unet, x0, focus=1.0, **condition):
+    """Epsilon prediction on the cosine schedule. The weight makes it nearly a loss on x0, bounded; times near 1, where
+    the sampler decides what there will be, come more often, and a tenth lie right beside it, at its first step."""
+    t = torch.rand(len(x0)).sqrt()
     t = torch.where(torch.rand(len(x0)) < 0.1, 0.97 + 0.03 * t, t)
     ab = alpha_bar(t)
     noise = torch.randn_like(x0)
     x = ab.sqrt()[:, None, None, None] * x0 + (1 - ab).sqrt()[:, None, None, None] * noise
     with torch.autocast("cpu", torch.bfloat16):
         epsilon = unet(x, t, **condition)
-    error = (epsilon.float() - noise).square().mean((1, 2, 3))
-    return {"noise": (error * ((1 - ab) / ab).clamp(1, 20)).mean()}
+    error = (focus * (epsilon.float() - noise) ** 2).mean((1, 2, 3))
+    return {"noise": (error * ((1 - ab) / ab).clamp(0.1, 20)).mean()}
 
 
 def cache(options, name, batches, compute):
@@ -292,8 +290,9 @@ def cache(options, name, batches, compute):
 
 def train_b(options):
     """From the semantic latent, a little noised, to the image latent. The text adds nothing to what the latent says in
-    this world, so it is fed as zeros and its mapper's weights stay zero: any prompt gives the same condition. A tenth of
-    the semantic latents are zeros too, for guidance."""
+    this world, so it is fed as zeros and its mapper's weights stay zero: any prompt gives the same condition. A tenth
+    of the semantic latents are zeros too, for guidance. Things are a seventh of the picture and most of what matters,
+    so errors on them count five times; that moves no optimum, only the way there."""
     stage_a = load(options.out / "stage_a.safetensors", dtype=torch.float32)
     encoder = load(options.out / "effnet_encoder.safetensors", dtype=torch.float32)
     batches = [scenes(64, [3, i]) for i in range(options.count // 64 if options.count else 640)]
@@ -308,7 +307,9 @@ def train_b(options):
         semantic = semantics[rows].float()                                              # (32, 16, 3, 3)
         semantic = semantic + NOISE * torch.randn_like(semantic)
         semantic = semantic * (torch.rand(len(rows)) > 0.1)[:, None, None, None]
-        return noise_loss(unet, images[rows].float(), clip_text_pooled=torch.zeros(len(rows), 1, 128), effnet=semantic)
+        x0 = images[rows].float()                                                       # (32, 4, 32, 32)
+        things = (x0 - x0[:, :, :1, :1]).square().mean(1, keepdim=True) > 0.1           # what is not like the corner
+        return noise_loss(unet, x0, 1 + 4 * things, clip_text_pooled=torch.zeros(len(rows), 1, 128), effnet=semantic)
 
     unet = train("b", unet, loss_of, options.steps or 11500, 1e-3, options.work)
     publish(unet, options.out / "stage_b.safetensors")
@@ -339,7 +340,7 @@ def train_c(options):
             hidden, pooled = network.text(ids, mask)
         return noise_loss(network.unet, semantics[rows].float(), clip_text_pooled=pooled, clip_text=hidden)
 
-    network = train("c", network, loss_of, options.steps or 8000, 1e-3, options.work)
+    network = train("c", network, loss_of, options.steps or 4600, 1e-3, options.work)
     publish(network.unet, options.out / "stage_c.safetensors", {"width": str(shapes.SIDE), "height": str(shapes.SIDE)})
     publish(network.text, options.out / "text_encoder" / "model.safetensors")
 
@@ -350,7 +351,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("stages", nargs="+", choices=[*STAGES, "all"])
     parser.add_argument("--out", type=Path, default=HERE / "tiny", help="where the finished files go")
-    parser.add_argument("--work", type=Path, default=None, help="where checkpoints and caches go (default: OUT/../work)")
+    parser.add_argument("--work", type=Path, help="for checkpoints and caches (default: work, beside OUT)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--quick", action="store_true", help="a few steps of everything")
     options = parser.parse_args()
