@@ -1,13 +1,12 @@
 """The networks of Stable Cascade (Wuerstchen v3), each the official network at any size.
 
-    UNet                Stage C imagines a semantic latent from text, Stage B paints an image latent from it:
-                        the same network, sized differently
+    UNet                Stage C: text -> semantic latent; Stage B: semantic latent -> image latent; one class, two sizes
     StageA              a VQGAN: image latent <-> pixels, 4 times larger on each side
     SemanticEncoder     EfficientNet-V2-S: pixels -> semantic latent, 42.67 times smaller on each side
     Previewer           semantic latent -> a small picture, for looking on
 
-Modules carry the names of the official single files, so every file loads strictly. `load(path)` opens any of them,
-also in the diffusers layout, and tells and sizes the network by the tensors inside.
+Modules carry the names of the official single files, so each loads strictly. `load(path)` opens any of them, also in
+the diffusers layout, and tells and sizes the network by the tensors inside.
 
 Letters: B batch, C channels, H W pixels, h w the semantic latent's sides, y x the sides of the grid at hand,
 D text width, L text tokens, N condition tokens. Inside the UNet and Stage A the stream is channels-last, (B, y, x, C):
@@ -37,35 +36,31 @@ class CascadeError(ValueError):
 
 
 # ------------------------------------------------------------------------------------------------ layers, channels-last
+# A 1x1 convolution is a linear on its flattened weight.
 
-class Conv2d(nn.Conv2d):
-    """(B, y, x, C) -> (B, y', x', C'). A 1x1 convolution is a linear on its flattened weight."""
+class Conv2d(nn.Conv2d):                                # (B, y, x, C) -> (B, y', x', C')
     def forward(self, x):
         if self.kernel_size == (1, 1):
             return F.linear(x, self.weight.flatten(1), self.bias)
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
-class ConvTranspose2d(nn.ConvTranspose2d):
-    """(B, y, x, C) -> (B, 2y, 2x, C')."""
+class ConvTranspose2d(nn.ConvTranspose2d):              # (B, y, x, C) -> (B, 2y, 2x, C')
     def forward(self, x):
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
-class PixelUnshuffle(nn.PixelUnshuffle):
-    """The way in: (B, C, p*y, p*x) -> (B, y, x, C*p*p) for patches of p x p."""
+class PixelUnshuffle(nn.PixelUnshuffle):                # the way in: (B, C, p*y, p*x) -> (B, y, x, C*p*p)
     def forward(self, x):
         return super().forward(x).permute(0, 2, 3, 1)
 
 
-class PixelShuffle(nn.PixelShuffle):
-    """The way out: (B, y, x, C*p*p) -> (B, C, p*y, p*x)."""
+class PixelShuffle(nn.PixelShuffle):                    # the way out: (B, y, x, C*p*p) -> (B, C, p*y, p*x)
     def forward(self, x):
         return super().forward(x.permute(0, 3, 1, 2))
 
 
-class LayerNorm(nn.LayerNorm):
-    """Over channels, without learned scale or shift."""
+class LayerNorm(nn.LayerNorm):                          # over channels, without learned scale or shift
     def __init__(self, c):
         super().__init__(c, eps=1e-6, elementwise_affine=False)
 
@@ -79,7 +74,6 @@ def resize(x, size):
 
 
 # ------------------------------------------------------------------------------------------------ the UNet of B and C
-
 @dataclass(frozen=True)
 class UNetConfig:
     """Levels are listed from the outermost in, `up` from the innermost out. A level is a string of block kinds:
@@ -117,8 +111,7 @@ class GlobalResponseNorm(nn.Module):
     """Channels compete over the whole picture (ConvNeXt V2, section 3): it cannot be computed tile by tile."""
     def __init__(self, c):
         super().__init__()
-        self.gamma = nn.Parameter(torch.zeros(1, 1, 1, c))
-        self.beta = nn.Parameter(torch.zeros(1, 1, 1, c))
+        self.gamma, self.beta = (nn.Parameter(torch.zeros(1, 1, 1, c)) for _ in range(2))
 
     def forward(self, x):
         norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)                    # (B, 1, 1, C)
@@ -218,11 +211,13 @@ class UNet(nn.Module):
         levels = range(len(widths))
         self.down_downscalers = nn.ModuleList(self._change(i - 1, i) if i else nn.Identity() for i in levels)
         self.down_blocks = nn.ModuleList(self._level(widths[i], config.down[i]) for i in levels)
-        self.down_repeat_mappers = nn.ModuleList(self._repeat(widths[i], config.down_repeat[i]) for i in levels)
+        self.down_repeat_mappers = nn.ModuleList(
+            nn.ModuleList(Conv2d(c, c, 1) for _ in range(n - 1)) for c, n in zip(widths, config.down_repeat))
         deepest_first = list(enumerate(reversed(levels)))
         self.up_blocks = nn.ModuleList(
             self._level(widths[i], config.up[j], c_skip=widths[i] if j else 0) for j, i in deepest_first)
-        self.up_repeat_mappers = nn.ModuleList(self._repeat(widths[i], config.up_repeat[j]) for j, i in deepest_first)
+        self.up_repeat_mappers = nn.ModuleList(
+            nn.ModuleList(Conv2d(c, c, 1) for _ in range(n - 1)) for c, n in zip(widths[::-1], config.up_repeat))
         self.up_upscalers = nn.ModuleList(self._change(i, i - 1) if i else nn.Identity() for _, i in deepest_first)
         self.clf = nn.Sequential(LayerNorm(c), Conv2d(c, patched, 1), PixelShuffle(config.patch))
 
@@ -235,10 +230,6 @@ class UNet(nn.Module):
                  "T": lambda i: TimestepBlock(c, self.config.extras),
                  "A": lambda i: AttentionBlock(c, self.config.c_cond)}
         return nn.ModuleList(build[kind](i) for i, kind in enumerate(kinds))
-
-    @staticmethod
-    def _repeat(c, passes):
-        return nn.ModuleList(Conv2d(c, c, 1) for _ in range(passes - 1))
 
     def _change(self, i, j):
         """From level i to its neighbour j. In Stage C the 1x1 convolution is `blocks.0` going down, `blocks.1` up:
@@ -262,19 +253,17 @@ class UNet(nn.Module):
 
     def embed_clip(self, pooled, text, image):
         """The condition's tokens: 4 of the pooled text, in Stage C after the text's L and before 4 of every image."""
-        B, c_cond = pooled.shape[0], self.config.c_cond
         if self.config.semantic:
-            tokens = self.clip_mapper(pooled).view(B, -1, c_cond)                       # (B, 4, c_cond)
+            mapped = [self.clip_mapper(pooled)]
         else:
-            image = pooled.new_zeros(B, self.config.image) if image is None else image
-            tokens = torch.cat([self.clip_txt_mapper(text),                             # (B, L, c_cond)
-                                self.clip_txt_pooled_mapper(pooled).view(B, -1, c_cond),
-                                self.clip_img_mapper(image).view(B, -1, c_cond)], dim=1)    # (B, L + 8, c_cond)
-        return self.clip_norm(tokens)                                                   # (B, N, c_cond)
+            image = pooled.new_zeros(len(pooled), self.config.image) if image is None else image
+            mapped = [self.clip_txt_mapper(text), self.clip_txt_pooled_mapper(pooled), self.clip_img_mapper(image)]
+        tokens = [y.reshape(len(y), -1, self.config.c_cond) for y in mapped]            # each (B, 4 or L, c_cond)
+        return self.clip_norm(torch.cat(tokens, dim=1))                                 # (B, N, c_cond)
 
     def forward(self, x, r, clip_text_pooled, clip_text=None, clip_img=None, effnet=None, pixels=None, sca=None,
                 crp=None):
-        """The noise in a latent.
+        """Predicts the noise in a latent: epsilon, shaped like x.
 
         x                   (B, 16, h, w) for Stage C, (B, 4, H/4, W/4) with even sides for Stage B
         r                   (B,) fp32, the time: 1 is pure noise, 0 is none
@@ -284,7 +273,6 @@ class UNet(nn.Module):
         effnet              (B, 16, h, w), the semantic latent for Stage B; nothing is added if None
         pixels              (B, 3, any, any) in [0, 1], a picture for Stage B; zeros if None
         sca, crp            (B,), extra times; zeros if None
-        returns             epsilon, shaped like x
         """
         t = self.embed_time(r, sca, crp).to(x.dtype)                                    # (B, 64 * (1 + extras))
         cond = self.embed_clip(clip_text_pooled, clip_text, clip_img)
@@ -316,7 +304,6 @@ class UNet(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------ Stage A
-
 @dataclass(frozen=True)
 class StageAConfig:
     widths: tuple[int, ...] = (192, 384)        # channels of each level, the outermost first
@@ -410,8 +397,7 @@ class SqueezeExcite(nn.Module):
     """Every channel is scaled by what the channels' means say."""
     def __init__(self, c, c_squeezed):
         super().__init__()
-        self.fc1 = nn.Conv2d(c, c_squeezed, 1)
-        self.fc2 = nn.Conv2d(c_squeezed, c, 1)
+        self.fc1, self.fc2 = nn.Conv2d(c, c_squeezed, 1), nn.Conv2d(c_squeezed, c, 1)
 
     def forward(self, x):
         means = x.mean((2, 3), keepdim=True)                                            # (B, C, 1, 1)
@@ -456,7 +442,6 @@ class SemanticEncoder(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------ the previewer
-
 @dataclass(frozen=True)
 class PreviewerConfig:
     widths: tuple[int, ...] = (512, 256, 128, 128)      # channels at 1, 2, 4 and 8 times the latent's size
@@ -543,8 +528,8 @@ class Weights(dict):
         """What the config.json beside the file says; diffusers and transformers folders have one."""
         path = Path(self.path).parent / "config.json"
         try:
-            return json.loads(path.read_text()) if path.exists() else {}
-        except ValueError as error:
+            return dict(json.loads(path.read_text())) if path.exists() else {}
+        except (ValueError, TypeError) as error:
             raise CascadeError(f"{path}: not valid JSON ({error})") from None
 
 
@@ -624,7 +609,11 @@ def load(path, device="cpu", dtype=None, expect=None, networks=NETWORKS):
     if kind is None or expect not in (None, kind):
         raise CascadeError(f"{path}: wanted is {expect or ' or '.join(networks)}, the file holds {kind or 'none'}")
     _, network, read_config = networks[kind]
-    config = read_config(weights)
-    with torch.device("meta"):
-        network = network(config)
+    try:
+        with torch.device("meta"):
+            network = network(read_config(weights))
+    except (IndexError, TypeError, ZeroDivisionError, ValueError) as error:
+        if isinstance(error, CascadeError):
+            raise
+        raise CascadeError(f"{path}: the shapes of its tensors are not those of a {kind} ({error})") from None
     return weights.fill(network, device, dtype)

@@ -142,6 +142,11 @@ def test_wrong_tensors_are_named(refused, folder, name, tensor):
     assert tensor in said and "(3, 5)" in said or "shape" in said
 
 
+def test_shapes_that_no_network_has(refused, folder):
+    change(folder / FILES["stage_c"], lambda tensors: tensors.update({"clip_img_mapper.weight": torch.zeros(7)}))
+    assert "the shapes of its tensors are not those of a stage_c" in refused(weights=folder)
+
+
 @pytest.mark.parametrize("place", FILES)
 @pytest.mark.parametrize("other", FILES)
 def test_a_stages_file_given_for_another(refused, folder, good, place, other):
