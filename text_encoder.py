@@ -66,6 +66,7 @@ class Tokenizer:
     def __call__(self, prompts):
         """Start, the prompt's tokens, end, then as many ends again as fill the 77; the mask is 1 up to the first end.
         What does not fit is cut, with a warning that says what."""
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         rows, masks = [], []
         for prompt, encoding in zip(prompts, self.bpe.encode_batch(prompts)):
             ids = encoding.ids                          # start ... end

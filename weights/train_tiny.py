@@ -1,7 +1,7 @@
 """Trains a whole small Stable Cascade from nothing on two CPU cores, with the official classes unchanged.
 
-    python weights/train_tiny.py tokenizer a encoder b c        # one stage after the other; about ... hours
-    python weights/train_tiny.py all --quick --out /tmp/quick   # minutes: proves that everything runs, draws nothing
+    python weights/train_tiny.py all                            # one stage after the other: some four hours of one core
+    python weights/train_tiny.py all --quick --out /tmp/quick   # a minute: proves that everything runs, draws nothing
 
 Stages that do not need each other can run side by side, one thread each: `a` and `encoder` first, then `b` and `c`.
 Every stage continues from its last checkpoint in --work, so it can be killed at any time, and writes its result to
