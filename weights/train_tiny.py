@@ -311,7 +311,7 @@ def train_b(options):
         things = (x0 - x0[:, :, :1, :1]).square().mean(1, keepdim=True) > 0.1           # what is not like the corner
         return noise_loss(unet, x0, 1 + 4 * things, clip_text_pooled=torch.zeros(len(rows), 1, 128), effnet=semantic)
 
-    unet = train("b", unet, loss_of, options.steps or 13300, 1e-3, options.work)
+    unet = train("b", unet, loss_of, options.steps or 16000, 1e-3, options.work)
     publish(unet, options.out / "stage_b.safetensors")
 
 
