@@ -1,21 +1,28 @@
-"""The text side of Stable Cascade: CLIP's tokenizer and its text tower (OpenCLIP ViT-bigG/14: 32 layers, D = 1280).
+"""CLIP: the tokenizer, the text tower (OpenCLIP ViT-bigG/14: 32 layers, D = 1280) that reads prompts for Stable Cascade,
+and the image tower (OpenAI ViT-L/14: 24 layers, D = 1024) that looks at pictures for it. Both towers are made of one
+kind of layer.
 
     ids, mask = Tokenizer(folder)(["a red circle"])         (B, 77), (B, 77)
     hidden, pooled = load(folder_or_file)(ids, mask)        (B, 77, D), (B, 1, D)
+    embedding = load(folder_or_file)(pixels)                (B, 768)
 
-Module names are those of the official file text_encoder/model.safetensors, so it loads strictly.
+Module names are those of the official files text_encoder/model.safetensors and image_encoder/model.safetensors, so they
+load strictly.
 
-Letters: B batch, L tokens (77), D width.
+Letters: B batch, L tokens (77 of a text, 257 of a picture), D width, S the side of the picture that the image tower sees.
 
-Sources: Radford et al., CLIP (2021), arXiv 2103.00020; the files of stabilityai/stable-cascade.
+Sources: Radford et al., CLIP (2021), arXiv 2103.00020; the files of stabilityai/stable-cascade and -prior.
 """
 import json
+import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from tokenizers import Regex, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as BytePairTokenizer
 from torch import nn
@@ -79,19 +86,7 @@ class Tokenizer:
         return torch.tensor(rows), torch.tensor(masks)
 
 
-# ------------------------------------------------------------------------------------------------ the text tower
-
-@dataclass(frozen=True)
-class TextConfig:
-    vocabulary: int = 49408
-    length: int = LENGTH
-    width: int = 1280
-    layers: int = 32
-    hidden: int = 5120                                  # of the MLPs
-    projection: int = 1280
-    act: str = "gelu"                                   # or quick_gelu
-    end: int = 49407                                    # id of the end token
-
+# ------------------------------------------------------------------------------------------------ the layer of both towers
 
 def quick_gelu(x):
     return x * torch.sigmoid(1.702 * x)
@@ -105,7 +100,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.k_proj, self.v_proj, self.q_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
 
-    def forward(self, x, mask):
+    def forward(self, x, mask=None):
         q, k, v = (project(x).unflatten(-1, (-1, HEAD_WIDTH)).transpose(1, 2)
                    for project in (self.q_proj, self.k_proj, self.v_proj))                  # each (B, D/64, L, 64)
         y = F.scaled_dot_product_attention(q, k, v, mask)                                   # softmax(q k' / 8 + mask) v
@@ -120,9 +115,23 @@ class Layer(nn.Module):
         self.layer_norm1, self.layer_norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, hidden), "fc2": nn.Linear(hidden, width)})
 
-    def forward(self, x, mask):
+    def forward(self, x, mask=None):
         x = x + self.self_attn(self.layer_norm1(x), mask)                                   # (B, L, D)
         return x + self.mlp.fc2(self.act(self.mlp.fc1(self.layer_norm2(x))))
+
+
+# ------------------------------------------------------------------------------------------------ the text tower
+
+@dataclass(frozen=True)
+class TextConfig:
+    vocabulary: int = 49408
+    length: int = LENGTH
+    width: int = 1280
+    layers: int = 32
+    hidden: int = 5120                                  # of the MLPs
+    projection: int = 1280
+    act: str = "gelu"                                   # or quick_gelu
+    end: int = 49407                                    # id of the end token
 
 
 class TextEncoder(nn.Module):
@@ -155,25 +164,98 @@ class TextEncoder(nn.Module):
         return x, self.text_projection(tower.final_layer_norm(row)).unsqueeze(1)
 
 
-def text_config(shapes):
-    vocabulary, width = shapes["text_model.embeddings.token_embedding.weight"]
-    told = shapes.config()
-    act, end = told.get("hidden_act", TextConfig.act), told.get("eos_token_id", 2)
+# ------------------------------------------------------------------------------------------------ the image tower
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    side: int = 224
+    patch: int = 14
+    width: int = 1024
+    layers: int = 24
+    hidden: int = 4096                                  # of the MLPs
+    projection: int = 768
+    act: str = "quick_gelu"
+
+
+class ImageEncoder(nn.Module):
+    """Vision transformer: a token for every patch of the picture, and before them one of its own that sums it up."""
+    def __init__(self, config: ImageConfig):
+        super().__init__()
+        self.config = config
+        width, tokens = config.width, 1 + (config.side // config.patch) ** 2
+        self.vision_model = nn.ModuleDict({
+            "embeddings": nn.ModuleDict({
+                "patch_embedding": nn.Conv2d(3, width, config.patch, stride=config.patch, bias=False),
+                "position_embedding": nn.Embedding(tokens, width)}),
+            "pre_layrnorm": nn.LayerNorm(width),                                            # spelt so in the files
+            "encoder": nn.ModuleDict({"layers": nn.ModuleList(
+                Layer(width, config.hidden, config.act) for _ in range(config.layers))}),
+            "post_layernorm": nn.LayerNorm(width)})
+        self.vision_model.embeddings.class_embedding = nn.Parameter(torch.zeros(width))
+        self.visual_projection = nn.Linear(width, config.projection, bias=False)
+
+    def forward(self, pixels):
+        """(B, 3, S, S) in [0, 1], as `fit` gives them -> the picture's embedding (B, 768)."""
+        tower, embeddings = self.vision_model, self.vision_model.embeddings
+        mean, std = (pixels.new_tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
+        x = embeddings.patch_embedding((pixels - mean) / std).flatten(2).transpose(1, 2)    # (B, L - 1, D), row by row
+        x = torch.cat([embeddings.class_embedding.expand(len(x), 1, -1), x], dim=1)         # (B, L, D)
+        x = tower.pre_layrnorm(x + embeddings.position_embedding.weight)
+        for layer in tower.encoder.layers:
+            x = layer(x)
+        return self.visual_projection(tower.post_layernorm(x[:, 0]))                        # (B, 768)
+
+
+def fit(picture, side):
+    """An RGB picture of pillow's -> (3, S, S) in [0, 1]: the short side resized to S, bicubic, the middle cut out."""
+    width, height = picture.size
+    short = min(width, height)
+    width, height = side * width // short, side * height // short
+    left, top = (width - side) // 2, (height - side) // 2
+    picture = picture.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + side, top + side))
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
+
+
+# ------------------------------------------------------------------------------------------------ reading files
+
+def act_of(shapes, default):
+    act = shapes.config().get("hidden_act", default)
     if act not in ACTS:
         raise CascadeError(f"{shapes.path}: config.json says hidden_act {act!r}; wanted is {' or '.join(ACTS)}")
+    return act
+
+
+def text_config(shapes):
+    vocabulary, width = shapes["text_model.embeddings.token_embedding.weight"]
+    end = shapes.config().get("eos_token_id", 2)
     return TextConfig(vocabulary, shapes["text_model.embeddings.position_embedding.weight"][0], width,
                       layers=shapes.count("text_model.encoder.layers.{}.layer_norm1.weight"),
                       hidden=shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0],
-                      projection=shapes["text_projection.weight"][0], act=act,
+                      projection=shapes["text_projection.weight"][0], act=act_of(shapes, TextConfig.act),
                       end=vocabulary - 1 if end == 2 else end)         # old configs say 2 and mean the last row
 
 
-def load(path, device="cpu", dtype=None):
-    """Opens text_encoder/model.safetensors, given itself or its folder. A config.json beside it says the activation and
-    the end token; without one these are exact GELU and the vocabulary's last row. dtype None keeps the file's own."""
+def image_config(shapes):
+    width, _, patch, _ = shapes["vision_model.embeddings.patch_embedding.weight"]
+    tokens = shapes["vision_model.embeddings.position_embedding.weight"][0]
+    return ImageConfig(patch * math.isqrt(tokens - 1), patch, width,
+                       layers=shapes.count("vision_model.encoder.layers.{}.layer_norm1.weight"),
+                       hidden=shapes["vision_model.encoder.layers.0.mlp.fc1.weight"][0],
+                       projection=shapes["visual_projection.weight"][0], act=act_of(shapes, ImageConfig.act))
+
+
+TOWERS = {"text_encoder": ("text_model.embeddings.token_embedding.weight", TextEncoder, text_config),
+          "image_encoder": ("vision_model.embeddings.class_embedding", ImageEncoder, image_config)}
+
+
+def load(path, device="cpu", dtype=None, expect=None):
+    """Opens a tower's model.safetensors, given itself or its folder. A config.json beside it says the activation and the
+    end token; without one these are the official ones and the vocabulary's last row. dtype None keeps the file's own."""
     path = Path(path)
     if path.is_dir():
         plain, bf16 = path / "model.safetensors", path / "model.bf16.safetensors"
         path = bf16 if bf16.exists() and not plain.exists() else plain
-    sign = "text_model.embeddings.token_embedding.weight"
-    return model.load(path, device, dtype, networks={"text_encoder": (sign, TextEncoder, text_config)})
+    return model.load(path, device, dtype, expect, TOWERS)

@@ -75,6 +75,16 @@ def text_encoder(network):
     return {"ids": ids, "mask": mask}, {"hidden": hidden, "pooled": pooled.unsqueeze(1)}
 
 
+def image_encoder(network):
+    """In [0, 1]: the peer wants its mean and deviation taken off before, our network does it itself."""
+    from peers import transformers_image
+
+    pixels = noise(2, 3, 30, 30).sigmoid()
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
+    return {"pixels": pixels}, {"embedding": transformers_image(network)((pixels - mean) / std).image_embeds}
+
+
 def scheduler(_):
     """Ten steps with predictions and noise given."""
     from peers import scheduler
@@ -166,6 +176,7 @@ MAKERS = {
     "stage_b": stage_b,
     "stage_a": stage_a,
     "text_encoder": text_encoder,
+    "image_encoder": image_encoder,
     "scheduler": scheduler,
     "pipeline": pipeline,
     "previewer": previewer,
@@ -174,7 +185,7 @@ MAKERS = {
 
 if __name__ == "__main__":
     networks = tiny.networks(seed=0)
-    networks["text_encoder"] = networks.pop("text_encoder/model")
+    networks = {name.removesuffix("/model"): network for name, network in networks.items()}
     GOLDEN.mkdir(exist_ok=True)
     for name in sys.argv[1:] or [name for name in MAKERS if name != "effnet_encoder"]:
         with torch.no_grad():

@@ -10,7 +10,7 @@ from tiny import randomise, weight_sum, write_folder
 import cascade
 import sampler
 from model import UNet, UNetConfig, load
-from text_encoder import load as load_text
+from text_encoder import load as load_tower
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 RUNS = {
@@ -18,6 +18,7 @@ RUNS = {
     "stage_b": lambda network, **given: {"epsilon": network(**given)},
     "stage_a": lambda network, z, image: {"decoded": network.decode(z), "encoded": network.encode(image)},
     "text_encoder": lambda network, ids, mask: dict(zip(("hidden", "pooled"), network(ids, mask))),
+    "image_encoder": lambda network, pixels: {"embedding": network(pixels)},
     "effnet_encoder": lambda network, image: {"latent": network(image)},
     "previewer": lambda network, latent: {"picture": network(latent)},
 }
@@ -36,7 +37,7 @@ def golden(name):
 
 
 def opened(folder, name):
-    return load_text(folder / "text_encoder") if name == "text_encoder" else load(folder / f"{name}.safetensors")
+    return load_tower(folder / name) if (folder / name).is_dir() else load(folder / f"{name}.safetensors")
 
 
 def error(ours, theirs):

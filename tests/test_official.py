@@ -33,6 +33,7 @@ OFFICIAL = {
     "effnet_encoder": (SemanticEncoder, SemanticEncoderConfig()),
     "previewer": (Previewer, PreviewerConfig()),
     "text_encoder": (text_encoder.TextEncoder, text_encoder.TextConfig()),
+    "image_encoder": (text_encoder.ImageEncoder, text_encoder.ImageConfig()),
 }
 DIFFUSERS = {
     "diffusers_prior": "stage_c",
@@ -82,6 +83,7 @@ def test_names_and_shapes_are_exactly_the_official_ones(name):
         ("stage_b_lite", 699.5),
         ("stage_a", 18.4),
         ("text_encoder", 694.7),
+        ("image_encoder", 304.0),
     ],
 )
 def test_the_number_of_parameters_is_the_official_one(name, millions):
@@ -91,8 +93,8 @@ def test_the_number_of_parameters_is_the_official_one(name, millions):
 @pytest.mark.parametrize("name", [*OFFICIAL, *DIFFUSERS])
 def test_a_file_is_told_and_sized_by_its_tensors(name, tmp_path):
     path, ours = write_empty(tmp_path / "file.safetensors", official(name)), DIFFUSERS.get(name, name)
-    if name == "text_encoder":
-        network = text_encoder.load(path)
+    if name in text_encoder.TOWERS:
+        network = text_encoder.load(path, expect=name)
     else:
         network = load(path)
         assert NETWORKS[ours.removesuffix("_lite")][1] is type(network)

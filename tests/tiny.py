@@ -17,7 +17,7 @@ from model import (
     UNet,
     UNetConfig,
 )
-from text_encoder import TextConfig, TextEncoder
+from text_encoder import ImageConfig, ImageEncoder, TextConfig, TextEncoder
 
 # Every kind of block, repeats on both ways, several levels: all that the official files have.
 STAGE_C = UNetConfig(
@@ -49,6 +49,7 @@ STAGE_B = UNetConfig(
 )
 STAGE_A = StageAConfig(widths=(16, 32), deep_blocks=3, codes=24)
 TEXT = TextConfig(vocabulary=520, width=64, layers=3, hidden=128, projection=64, end=519)
+IMAGE = ImageConfig(side=30, patch=6, width=64, layers=3, hidden=128, projection=24)
 ENCODER = SemanticEncoderConfig(
     stem=8,
     stages=(
@@ -95,6 +96,7 @@ def networks(seed=0):
         "effnet_encoder": SemanticEncoder(ENCODER),
         "previewer": Previewer(PREVIEWER),
         "text_encoder/model": TextEncoder(TEXT),
+        "image_encoder/model": ImageEncoder(IMAGE),
     }
     for i, network in enumerate(made.values()):
         randomise(network, 100 * seed + i)
@@ -119,7 +121,6 @@ def write_folder(folder, seed=0, dtype=torch.float32):
     """A weights folder of original single files; the Stage C file says 128 x 128."""
     folder = Path(folder)
     write_tokenizer(folder / "tokenizer")
-    (folder / "text_encoder").mkdir(exist_ok=True)
     for name, network in networks(seed).items():
         save(
             network.state_dict(),

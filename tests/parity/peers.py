@@ -3,7 +3,13 @@
 import torch
 from diffusers import DDPMWuerstchenScheduler, StableCascadeCombinedPipeline, StableCascadeUNet
 from diffusers.pipelines.deprecated.wuerstchen.modeling_paella_vq_model import PaellaVQModel
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
 from model import load
 from text_encoder import load as load_text
@@ -75,6 +81,24 @@ def transformers_text(text):
         ours = {name.replace("text_model.", ""): tensor for name, tensor in ours.items()}
     missing = peer.load_state_dict(ours, strict=False)
     assert not missing.unexpected_keys and all("position_ids" in name for name in missing.missing_keys), missing
+    return peer.eval()
+
+
+def transformers_image(image):
+    config = image.config
+    peer = CLIPVisionModelWithProjection(
+        CLIPVisionConfig(
+            hidden_size=config.width,
+            intermediate_size=config.hidden,
+            hidden_act=config.act,
+            projection_dim=config.projection,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.width // 64,
+            image_size=config.side,
+            patch_size=config.patch,
+        )
+    )
+    peer.load_state_dict(image.state_dict())
     return peer.eval()
 
 
