@@ -1,6 +1,6 @@
-"""CLIP: the tokenizer, the text tower (OpenCLIP ViT-bigG/14: 32 layers, D = 1280) that reads prompts for Stable Cascade,
-and the image tower (OpenAI ViT-L/14: 24 layers, D = 1024) that looks at pictures for it. Both towers are made of one
-kind of layer.
+"""CLIP: the tokenizer and the text tower (OpenCLIP ViT-bigG/14: 32 layers, D = 1280), which read prompts for Stable
+Cascade, and the image tower (OpenAI ViT-L/14: 24 layers, D = 1024), which looks at pictures for it. One kind of layer
+makes both towers.
 
     ids, mask = Tokenizer(folder)(["a red circle"])         (B, 77), (B, 77)
     hidden, pooled = load(folder_or_file)(ids, mask)        (B, 77, D), (B, 1, D)
@@ -9,7 +9,7 @@ kind of layer.
 Module names are those of the official files text_encoder/model.safetensors and image_encoder/model.safetensors, so they
 load strictly.
 
-Letters: B batch, L tokens (77 of a text, 257 of a picture), D width, S the side of the picture that the image tower sees.
+Letters: B batch, L tokens (77 of a text, 257 of a picture), D width, S the side of what the image tower sees (224).
 
 Sources: Radford et al., CLIP (2021), arXiv 2103.00020; the files of stabilityai/stable-cascade and -prior.
 """
@@ -86,7 +86,7 @@ class Tokenizer:
         return torch.tensor(rows), torch.tensor(masks)
 
 
-# ------------------------------------------------------------------------------------------------ the layer of both towers
+# ------------------------------------------------------------------------------------------------ both towers' layer
 
 def quick_gelu(x):
     return x * torch.sigmoid(1.702 * x)
@@ -252,8 +252,8 @@ TOWERS = {"text_encoder": ("text_model.embeddings.token_embedding.weight", TextE
 
 
 def load(path, device="cpu", dtype=None, expect=None):
-    """Opens a tower's model.safetensors, given itself or its folder. A config.json beside it says the activation and the
-    end token; without one these are the official ones and the vocabulary's last row. dtype None keeps the file's own."""
+    """Opens a tower's model.safetensors, given itself or its folder. A config.json beside it says the activation and
+    the end token; without one these are the official ones and the last row. dtype None keeps the file's own."""
     path = Path(path)
     if path.is_dir():
         plain, bf16 = path / "model.safetensors", path / "model.bf16.safetensors"

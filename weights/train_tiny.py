@@ -1,19 +1,21 @@
 """Trains a whole small Stable Cascade from nothing on two CPU cores, with the official classes unchanged.
 
-    python weights/train_tiny.py all                            # one stage after the other: some four hours of one core
+    python weights/train_tiny.py all                            # one stage after the other: some six hours of one core
     python weights/train_tiny.py all --quick --out /tmp/quick   # a minute: proves that everything runs, draws nothing
 
-Stages that do not need each other can run side by side, one thread each: `a` and `encoder` first, then `b` and `c`.
-Every stage continues from its last checkpoint in --work, so it can be killed at any time, and writes its result to
---out under the official single-file names, where `python cascade.py` finds it.
-
-The chapters, in the order of the file:
+The chapters, in the order of the file; b needs a and encoder, c needs clip and encoder, and side by side they take one
+thread each:
 
     tokenizer   the merges of a byte-pair vocabulary, from captions
+    clip        the text tower and the image tower, by telling which caption belongs to which picture
     a           Stage A: picture <-> 4x32x32 latent, by reconstruction
     encoder     picture -> 16x3x3 semantic latent, with a plain decoder beside it that is thrown away
     b           Stage B: image latent from semantic latent, by predicting noise
-    c           Stage C and the text tower: semantic latent from a caption, by predicting noise
+    c           Stage C: semantic latent from a caption, by predicting noise
+    previewer   semantic latent -> a picture of 24x24, by reconstruction
+
+Every stage goes on from its last checkpoint in --work, so it can be killed at any time, leaves pictures of what it has
+learned so far there, and writes its result to --out under the official name, where `python cascade.py` finds it.
 """
 import argparse
 import json
@@ -27,6 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as BytePairTokenizer
@@ -36,24 +39,25 @@ from torch import nn
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
-import shapes                                                                           # noqa: E402
-from model import (Previewer, PreviewerConfig, SemanticEncoder, SemanticEncoderConfig,  # noqa: E402
-                   StageA, StageAConfig, UNet, UNetConfig, load)
-from sampler import alpha_bar                                                           # noqa: E402
-from text_encoder import END, START, TextConfig, TextEncoder, Tokenizer                 # noqa: E402
-
-# ------------------------------------------------------------------------------------------------ the sizes
+import shapes                                                                                           # noqa: E402
+from model import (Previewer, PreviewerConfig, SemanticEncoder, SemanticEncoderConfig, StageA,          # noqa: E402
+                   StageAConfig, UNet, UNetConfig, load)
+from sampler import alpha_bar                                                                           # noqa: E402
+from text_encoder import END, START, ImageConfig, ImageEncoder, TextConfig, TextEncoder, Tokenizer      # noqa: E402
+from text_encoder import load as load_tower                                                             # noqa: E402
+from wire import wire                                                                                   # noqa: E402
 
 STAGE_A = StageAConfig(widths=(16, 48), deep_blocks=2, codes=64)
 ENCODER = SemanticEncoderConfig(stem=16, stages=((True, 1, 16, 1), (True, 4, 24, 1), (True, 4, 48, 1),
                                                  (False, 4, 64, 2), (False, 4, 96, 2), (False, 4, 96, 1)), head=256)
-STAGE_B = UNetConfig(widths=(64, 128, 192), down=("RT", "RTRT", "RTA"), up=("RTARTA", "RTRT", "RTRT"),
+STAGE_B = UNetConfig(widths=(64, 128, 192), down=("RT", "RT", "RTA"), up=("RTARTARTA", "RTRT", "RTRT"),
                      down_repeat=(1, 1, 1), up_repeat=(1, 1, 1), c_cond=64, latent=4, patch=2, extras=("sca",),
                      text=128, semantic=16)
 STAGE_C = UNetConfig(widths=(192, 192), down=("RTA", "RTA"), up=("RTA", "RTA"), down_repeat=(1, 1), up_repeat=(1, 1),
-                     c_cond=128, latent=16, patch=1, extras=("sca", "crp"), text=128, image=64, switch=(False,))
+                     c_cond=128, latent=16, patch=1, extras=("sca", "crp"), text=128, image=128, switch=(False,))
 TEXT = TextConfig(width=128, layers=3, hidden=256, projection=128)      # the vocabulary is what the tokenizer says
-
+IMAGE = ImageConfig(side=64, patch=8, width=128, layers=4, hidden=256, projection=128)
+PREVIEWER = PreviewerConfig((128, 96, 48, 32))
 SEMANTIC_SIDE = 96          # the encoder sees pictures at 3/4 of their size, as in the official cascade
 NOISE = 0.1                 # added to semantic latents while decoders train, so that Stage C may err that much
 
@@ -75,30 +79,55 @@ def shrink(image, side):
     return F.interpolate(image, (side, side), mode="bilinear", antialias=True, align_corners=False)
 
 
+def cache(options, name, batches, compute):
+    """What a frozen network says of many pictures, computed once and kept in --work: (count, ...), fp16."""
+    path, clock = options.work / f"cache_{name}.safetensors", time.time()
+    if not path.exists():
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            parts = [compute(pictures(batch)).half() for batch in batches]
+        write({"latents": torch.cat(parts)}, path)
+        print(f"{name}: {len(parts)} batches of latents cached in {time.time() - clock:.0f} s", flush=True)
+    return load_file(path)["latents"]
+
+
 # ------------------------------------------------------------------------------------------------ the loop
 
-def train(name, network, loss_of, steps, lr, work, report=None):
-    """AdamW, a short warm-up, a cosine to zero, and a moving average of the weights, which is what is kept.
+def adamw(network, lr):
+    return [torch.optim.AdamW(network.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.01)]
 
-    loss_of(step) -> a dict of losses whose sum is minimised. Returns the network with the averaged weights.
-    """
-    optimizer = torch.optim.AdamW(network.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.01)
-    average = {key: value.clone() for key, value in network.state_dict().items()}
-    checkpoint, start = work / f"{name}.safetensors", 0
+
+def muon(network, lr):
+    """Matrices learn from orthogonalised gradients (Jordan et al., Muon, 2024), more from every step; the rest, and
+    what maps conditions, from AdamW's. Nothing decays: what is wired must stay."""
+    learning = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
+    matrices = [p for name, p in learning if p.dim() == 2 and "mapper" not in name]
+    others = [p for name, p in learning if p.dim() != 2 or "mapper" in name]
+    return [torch.optim.Muon(matrices, lr, weight_decay=0, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=0)]
+
+
+def train(name, network, loss_of, steps, lr, work, method=adamw, show=None):
+    """A short warm-up (after a resume too), a cosine to zero, and a moving average of the weights, which is what stays.
+    loss_of(step) is a dict of losses whose sum is minimised, show() what the network can do by now, (B, 3, H, W)."""
+    checkpoint, start, clock, told, every = work / f"{name}.safetensors", 0, time.time(), [], min(100, steps // 4)
     if checkpoint.exists():
-        start = resume(checkpoint, network, optimizer, average)
+        state = load_file(checkpoint)
+        network.load_state_dict({key: state[f"network.{key}"] for key in network.state_dict()})
+        with safe_open(checkpoint, framework="pt") as file:
+            start = int(file.metadata()["step"])
         print(f"{name}: continues at step {start}", flush=True)
-    network.train()
-    clock, saved, told, every = time.time(), time.time(), [], min(100, steps // 4)
+    average = {key: state[f"average.{key}"] if start else value.clone() for key, value in network.state_dict().items()}
+    optimizers, saved = method(network.train(), lr), time.time()
     for step in range(start, steps):
-        torch.manual_seed(step)                                         # the same noise after a resume
-        optimizer.param_groups[0]["lr"] = lr * min((step + 1) / min(200, steps // 4),
-                                                   0.5 + 0.5 * math.cos(math.pi * step / steps))
+        torch.manual_seed(step)
         losses = loss_of(step)
-        optimizer.zero_grad(set_to_none=True)
+        network.zero_grad()
         sum(losses.values()).backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = lr * min((step - start + 1) / min(200, steps // 4),
+                                                       0.5 + 0.5 * math.cos(math.pi * step / steps))
+            optimizer.step()
         decay = min(0.999, (step + 1) / (step + 20))
         for key, value in network.state_dict().items():
             average[key].lerp_(value, 1 - decay) if value.is_floating_point() else average[key].copy_(value)
@@ -108,35 +137,17 @@ def train(name, network, loss_of, steps, lr, work, report=None):
             print(f"{name} {step + 1}/{steps}  {means}  {time.time() - clock:.0f} s", flush=True)
             told = []
         if time.time() - saved > 120 or step == steps - 1:
-            save_checkpoint(checkpoint, network, optimizer, average, step + 1)
+            state = {f"network.{key}": value for key, value in network.state_dict().items()}
+            state |= {f"average.{key}": value for key, value in average.items()}
+            write(state, checkpoint, {"step": str(step + 1)})
+            if show:
+                with torch.inference_mode():
+                    row = torch.cat([*(network.eval() and show())], dim=2)              # (3, H, B * W)
+                Image.fromarray((row.clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy()).save(work / f"{name}.png")
+            network.train()
             saved = time.time()
     network.load_state_dict(average)
     return network.eval()
-
-
-def save_checkpoint(path, network, optimizer, average, step):
-    tensors = {f"network.{key}": value for key, value in network.state_dict().items()}
-    tensors |= {f"average.{key}": value for key, value in average.items()}
-    for i, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{i}.{key}": value for key, value in state.items()}
-    write(tensors, path, {"step": str(step)})
-
-
-def resume(path, network, optimizer, average):
-    tensors = load_file(path)
-    with safe_open(path, framework="pt") as file:
-        step = int(file.metadata()["step"])
-    part = {kind: {key[len(kind) + 1:]: value for key, value in tensors.items() if key.startswith(kind + ".")}
-            for kind in ("network", "average", "optimizer")}
-    network.load_state_dict(part["network"])
-    for key, value in part["average"].items():
-        average[key].copy_(value)
-    state = {}
-    for key, value in part["optimizer"].items():
-        i, key = key.split(".")
-        state.setdefault(int(i), {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return step
 
 
 def write(tensors, path, metadata=None):
@@ -173,6 +184,45 @@ def train_tokenizer(options):
     print(f"tokenizer: {len(words)} tokens, {len(merges)} merges")
 
 
+# ------------------------------------------------------------------------------------------------ the two CLIP towers
+
+def twin(scene):
+    """A scene that differs in nothing but who is where or, if training may show it, who has which colour."""
+    a, b = scene.things
+    swapped = shapes.Scene((replace(a, x=b.x, y=b.y), replace(b, x=a.x, y=a.y)), scene.ground)
+    recoloured = shapes.Scene((replace(a, colour=b.colour), replace(b, colour=a.colour)), scene.ground)
+    return recoloured if a.x > b.x and not shapes.held_out(recoloured) else swapped
+
+
+def train_clip(options):
+    """Of 128 pictures and 128 captions, which belong together? Every scene of two things comes with its twin, so that
+    the towers must learn relations and whose colour is whose, not only what is there."""
+    tokenizer = Tokenizer(options.out / "tokenizer")
+    text = TextEncoder(replace(TEXT, vocabulary=tokenizer.bpe.get_vocab_size(), end=tokenizer.end))
+    nn.init.normal_(text.text_model.embeddings.token_embedding.weight, std=0.2)
+    nn.init.normal_(text.text_model.embeddings.position_embedding.weight, std=0.1)
+    image = ImageEncoder(IMAGE)
+    nn.init.normal_(image.vision_model.embeddings.position_embedding.weight, std=0.1)
+    network = nn.ModuleDict({"text": text, "image": image})
+    network.scale = nn.Parameter(torch.tensor(2.7))                                     # of the logits, as a logarithm
+
+    def loss_of(step):
+        rng, batch = np.random.default_rng([6, step]), scenes(64, [6, step], two=0.7)
+        batch += [twin(scene) if len(scene.things) == 2 else shapes.sample_scene(rng, 0) for scene in batch]
+        ids, mask = tokenizer([shapes.caption(scene, rng) for scene in batch])
+        longest = int(mask.sum(1).max())                                                # nobody reads what follows
+        with torch.autocast("cpu", torch.bfloat16):
+            said = network.text(ids[:, :longest], mask[:, :longest])[1].squeeze(1)      # (128, 128)
+            seen = network.image(shrink(pictures(batch), IMAGE.side))                   # (128, 128)
+        logits = network.scale.exp() * F.normalize(seen.float()) @ F.normalize(said.float()).T
+        pairs = torch.arange(len(batch))
+        return {"caption": F.cross_entropy(logits, pairs), "picture": F.cross_entropy(logits.T, pairs)}
+
+    network = train("clip", network, loss_of, options.steps or 4000, 1e-3, options.work)
+    publish(network.text, options.out / "text_encoder" / "model.safetensors")
+    publish(network.image, options.out / "image_encoder" / "model.safetensors")
+
+
 # ------------------------------------------------------------------------------------------------ Stage A
 
 def train_a(options):
@@ -190,7 +240,10 @@ def train_a(options):
         seen = network.decode(network.encode(image))
         return {"mse": F.mse_loss(seen, image), "l1": 0.1 * F.l1_loss(seen, image)}
 
-    network = train("a", network, loss_of, options.steps or 8000, 3e-3, options.work)
+    def show():
+        return network.decode(network.encode(pictures(scenes(8, 8))))
+
+    network = train("a", network, loss_of, options.steps or 8000, 3e-3, options.work, show=show)
     publish(network, options.out / "stage_a.safetensors")
 
 
@@ -219,71 +272,32 @@ def train_encoder(options):
         return {"picture": (weight * (seen[:, :3] - image) ** 2).mean(),
                 "names": (weight * (seen[:, 3:] - names) ** 2).mean()}
 
-    network = train("encoder", network, loss_of, options.steps or 3000, 2e-3, options.work)
+    def show():
+        return network.decoder(network.encoder(shrink(pictures(scenes(8, 8)), SEMANTIC_SIDE)))[:, :3]
+
+    network = train("encoder", network, loss_of, options.steps or 3000, 2e-3, options.work, show=show)
     publish(network.encoder, options.out / "effnet_encoder.safetensors")
 
 
 # ------------------------------------------------------------------------------------------------ both UNets
 
-def start_from_the_noise(unet):
-    """Initial weights under which the untrained network answers epsilon = x, right at t = 1 where the sampler magnifies
-    errors sixteen-fold. x travels as pairs of channels (+x, -x), among constant channels that keep the norms from
-    dividing its size away, through the outermost skip: GELU(x) - GELU(-x) = x. All other blocks add nothing yet."""
-    c, k = unet.config.widths[0], unet.config.latent * unet.config.patch ** 2
-    enter, leave = unet.embedding[1], unet.clf[1]
-    constants = 6 * torch.tensor([1.0, -1.0]).repeat((c - 2 * k) // 2)
-    scale = (constants.square().sum() + 2 * k).div(c).sqrt().item()     # what the norms divide by
-    scale *= math.sqrt(3) if unet.config.semantic else 1                # Stage B adds two normed maps to it
-    eye = torch.eye(k)[:, :, None, None]
-    with torch.no_grad():
-        for block in unet.modules():
-            if hasattr(block, "channelwise"):
-                block.channelwise[4].weight.zero_(), block.channelwise[4].bias.zero_()
-            if hasattr(block, "mappers"):
-                for name in block.mappers:
-                    getattr(block, name).weight.zero_(), getattr(block, name).bias.zero_()
-            if hasattr(block, "out_proj"):
-                block.out_proj.weight.zero_(), block.out_proj.bias.zero_()
-        enter.weight.zero_(), enter.bias.zero_()
-        enter.weight[:k], enter.weight[k:2 * k] = eye, -eye
-        enter.bias[2 * k:] = constants
-        for mapper in [unet.effnet_mapper, unet.pixels_mapper] if unet.config.semantic else []:
-            mapper[2].weight[:2 * k].zero_(), mapper[2].bias[:2 * k].zero_()
-            mapper[2].weight[2 * k::2].copy_(-mapper[2].weight[2 * k + 1::2])
-        last = unet.up_upscalers[-2][1]
-        last = last if hasattr(last, "weight") else last.blocks[1]      # Stage C's lies in a sequence of its own
-        last.weight.zero_(), last.bias.zero_()
-        first, second = unet.up_blocks[-1][0].channelwise[0], unet.up_blocks[-1][0].channelwise[4]
-        first.weight[:2 * c].zero_(), first.bias[:2 * c].zero_()
-        first.weight[:c, c:], first.weight[c:2 * c, c:] = torch.eye(c), -torch.eye(c)
-        second.weight[:, :c], second.weight[:, c:2 * c] = torch.eye(c), -torch.eye(c)
-        leave.weight.zero_(), leave.bias.zero_()
-        leave.weight[:, :k], leave.weight[:, k:2 * k] = eye * scale / 2, -eye * scale / 2
-
-
 def noise_loss(unet, x0, focus=1.0, **condition):
-    """Epsilon prediction on the cosine schedule. The weight makes it nearly a loss on x0, bounded; times near 1, where
-    the sampler decides what there will be, come more often, and a tenth lie right beside it, at its first step."""
-    t = torch.rand(len(x0)).sqrt()
+    """Epsilon prediction on the cosine schedule, in fp32: half precision would drown x0 near t = 1. The weight makes it
+    a loss on x0, bounded; late times come more often, and a tenth lie right beside the sampler's first."""
+    t = torch.rand(len(x0)) ** 0.4
     t = torch.where(torch.rand(len(x0)) < 0.1, 0.97 + 0.03 * t, t)
     ab = alpha_bar(t)
     noise = torch.randn_like(x0)
     x = ab.sqrt()[:, None, None, None] * x0 + (1 - ab).sqrt()[:, None, None, None] * noise
-    with torch.autocast("cpu", torch.bfloat16):
-        epsilon = unet(x, t, **condition)
-    error = (focus * (epsilon.float() - noise) ** 2).mean((1, 2, 3))
-    return {"noise": (error * ((1 - ab) / ab).clamp(0.1, 20)).mean()}
+    error = (focus * (unet(x, t, **condition) - noise) ** 2).mean((1, 2, 3))
+    return {"noise": (error * ((1 - ab) / ab).clamp(0.1, 200)).mean()}
 
 
-def cache(options, name, batches, compute):
-    """What a frozen network says of many pictures, computed once and kept in --work: (count, C, y, x), fp16."""
-    path, clock = options.work / f"cache_{name}.safetensors", time.time()
-    if not path.exists():
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-            parts = [compute(pictures(batch)).half() for batch in batches]
-        write({"latents": torch.cat(parts)}, path)
-        print(f"{name}: {len(parts)} batches of latents cached in {time.time() - clock:.0f} s", flush=True)
-    return load_file(path)["latents"]
+def guess(unet, x0, t=0.9, **condition):
+    """What the network makes of x0 seen through the noise of time t."""
+    ab, noise = alpha_bar(torch.tensor(t)), torch.randn_like(x0)
+    x = ab.sqrt() * x0 + (1 - ab).sqrt() * noise
+    return (x - (1 - ab).sqrt() * unet(x, torch.full((len(x),), t), **condition)) / ab.sqrt()
 
 
 # ------------------------------------------------------------------------------------------------ Stage B
@@ -298,8 +312,7 @@ def train_b(options):
     batches = [scenes(64, [3, i]) for i in range(options.count // 64 if options.count else 640)]
     images = cache(options, "b_images", batches, stage_a.encode)                        # (40960, 4, 32, 32)
     semantics = cache(options, "b_semantics", batches, lambda image: encoder(shrink(image, SEMANTIC_SIDE)))
-    unet = UNet(STAGE_B)
-    start_from_the_noise(unet)
+    unet = wire(UNet(STAGE_B))
     nn.init.zeros_(unet.clip_mapper.weight)
 
     def loss_of(step):
@@ -311,41 +324,65 @@ def train_b(options):
         things = (x0 - x0[:, :, :1, :1]).square().mean(1, keepdim=True) > 0.1           # what is not like the corner
         return noise_loss(unet, x0, 1 + 4 * things, clip_text_pooled=torch.zeros(len(rows), 1, 128), effnet=semantic)
 
-    unet = train("b", unet, loss_of, options.steps or 16000, 1e-3, options.work)
+    def show():
+        return stage_a.decode(guess(unet, images[:8].float(), clip_text_pooled=torch.zeros(8, 1, 128),
+                                    effnet=semantics[:8].float()))
+
+    unet = train("b", unet, loss_of, options.steps or 8000, 2e-3, options.work, muon, show)
     publish(unet, options.out / "stage_b.safetensors")
 
 
 # ------------------------------------------------------------------------------------------------ Stage C
 
 def train_c(options):
-    """From a caption to the semantic latent; the text tower learns with it. A tenth of the captions are empty, for
-    guidance."""
+    """From a caption to the semantic latent, the towers frozen. A tenth of the captions are empty, for guidance, and a
+    tenth of the rows see the picture's own embedding, as in the original; half of these have no caption beside it."""
     encoder = load(options.out / "effnet_encoder.safetensors", dtype=torch.float32)
-    batches = [scenes(64, [4, i], two=0.35) for i in range(options.count // 64 if options.count else 1920)]
-    semantics = cache(options, "c_semantics", batches, lambda image: encoder(shrink(image, SEMANTIC_SIDE)))
-    all_scenes = sum(batches, [])                                                       # 122880
+    text, image = (load_tower(options.out / tower, dtype=torch.float32) for tower in ("text_encoder", "image_encoder"))
     tokenizer = Tokenizer(options.out / "tokenizer")
-    vocabulary = tokenizer.bpe.get_vocab_size()
-    text = TextEncoder(replace(TEXT, vocabulary=vocabulary, end=tokenizer.end))
-    nn.init.normal_(text.text_model.embeddings.token_embedding.weight, std=0.2)
-    nn.init.normal_(text.text_model.embeddings.position_embedding.weight, std=0.1)
-    network = nn.ModuleDict({"unet": UNet(STAGE_C), "text": text})
-    start_from_the_noise(network.unet)
+    batches = [scenes(64, [4, i], two=0.6) for i in range(options.count // 64 if options.count else 1920)]
+    semantics = cache(options, "c_semantics", batches, lambda picture: encoder(shrink(picture, SEMANTIC_SIDE)))
+    images = cache(options, "c_images", batches, lambda picture: image(shrink(picture, IMAGE.side)))
+    all_scenes = sum(batches, [])                                                       # 122880
+    unet = wire(UNet(STAGE_C))
 
     def loss_of(step):
         rng = np.random.default_rng([5, step])
-        rows = rng.integers(len(all_scenes), size=64)
-        ids, mask = tokenizer(["" if rng.random() < 0.1 else shapes.caption(all_scenes[i], rng) for i in rows])
-        with torch.autocast("cpu", torch.bfloat16):
-            hidden, pooled = network.text(ids, mask)
-        return noise_loss(network.unet, semantics[rows].float(), clip_text_pooled=pooled, clip_text=hidden)
+        rows, shown = rng.integers(len(all_scenes), size=64), rng.random(64) < 0.1
+        silent = rng.random(64) < np.where(shown, 0.5, 0.1)
+        captions = ["" if hush else shapes.caption(all_scenes[i], rng) for i, hush in zip(rows, silent)]
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            hidden, pooled = text(*tokenizer(captions))                                 # (64, 77, 128), (64, 1, 128)
+        picture = images[rows].float() * torch.from_numpy(shown)[:, None]               # (64, 128)
+        return noise_loss(unet, semantics[rows].float(), clip_text_pooled=pooled.float(), clip_text=hidden.float(),
+                          clip_img=picture)
 
-    network = train("c", network, loss_of, options.steps or 4600, 1e-3, options.work)
-    publish(network.unet, options.out / "stage_c.safetensors", {"width": str(shapes.SIDE), "height": str(shapes.SIDE)})
-    publish(network.text, options.out / "text_encoder" / "model.safetensors")
+    unet = train("c", unet, loss_of, options.steps or 8000, 2e-3, options.work, muon)
+    publish(unet, options.out / "stage_c.safetensors", {"width": str(shapes.SIDE), "height": str(shapes.SIDE)})
 
 
-STAGES = {"tokenizer": train_tokenizer, "a": train_a, "encoder": train_encoder, "b": train_b, "c": train_c}
+# ------------------------------------------------------------------------------------------------ the previewer
+
+def train_previewer(options):
+    """Reconstruction again, from the semantic latent alone."""
+    encoder = load(options.out / "effnet_encoder.safetensors", dtype=torch.float32)
+    network = Previewer(PREVIEWER)
+
+    def loss_of(step):
+        image = pictures(scenes(64, [7, step]))
+        with torch.no_grad():
+            latent = encoder(shrink(image, SEMANTIC_SIDE))
+        seen = network(latent + NOISE * torch.randn_like(latent))
+        return {"mse": F.mse_loss(seen, shrink(image, seen.shape[-1]))}
+
+    def show():
+        return network(encoder(shrink(pictures(scenes(8, 8)), SEMANTIC_SIDE)))
+
+    network = train("previewer", network, loss_of, options.steps or 2000, 3e-3, options.work, show=show)
+    publish(network, options.out / "previewer.safetensors")
+
+
+STAGES = {name: globals()[f"train_{name}"] for name in ("tokenizer", "clip", "a", "encoder", "b", "c", "previewer")}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])

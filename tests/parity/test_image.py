@@ -30,7 +30,9 @@ def processed(picture, side):
     return peer(picture, return_tensors="pt").pixel_values
 
 
-@pytest.mark.parametrize("size", [(224, 224), (640, 480), (481, 641), (97, 1000), (1000, 97), (33, 50), (1, 1)], ids=str)
+@pytest.mark.parametrize(
+    "size", [(224, 224), (640, 480), (481, 641), (97, 1000), (1000, 97), (33, 50), (1, 1)], ids=str
+)
 def test_a_picture_is_prepared_as_the_processor_does(size):
     ours, theirs = fit(picture(*size), 224), processed(picture(*size), 224)
     mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
