@@ -38,16 +38,28 @@ def draw(cascade, scenes, batch=40):
     return np.concatenate(parts)
 
 
+def true_pictures(scenes):
+    """(N, 128, 128, 3) in [0, 1]."""
+    return np.stack([shapes.render(scene) for scene in scenes]).astype(np.float32) / 255
+
+
+@torch.inference_mode()
 def reconstruct(cascade, scenes, batch=40):
     """Picture -> semantic latent -> Stage B -> Stage A -> picture."""
     encoder = load(cascade.folder / "effnet_encoder.safetensors", dtype=torch.float32)
-    parts = []
+    images, parts = torch.from_numpy(true_pictures(scenes)).permute(0, 3, 1, 2), []
     for i in range(0, len(scenes), batch):
-        images = torch.from_numpy(np.stack([shapes.render(scene) for scene in scenes[i:i + batch]])).permute(0, 3, 1, 2)
-        small = torch.nn.functional.interpolate(images / 255, (96, 96), mode="bilinear", antialias=True)
-        with torch.inference_mode():
-            parts.append(cascade.decode(encoder(small), seed=i, output="np"))
+        small = torch.nn.functional.interpolate(images[i:i + batch], (96, 96), mode="bilinear", antialias=True)
+        parts.append(cascade.decode(encoder(small), seed=i, output="np"))
     return np.concatenate(parts)
+
+
+@torch.inference_mode()
+def stage_a_alone(cascade, scenes):
+    """Picture -> image latent -> picture."""
+    stage_a = cascade.network("stage_a")
+    images = torch.from_numpy(true_pictures(scenes)).permute(0, 3, 1, 2)
+    return stage_a.decode(stage_a.encode(images)).clamp(0, 1).permute(0, 2, 3, 1).numpy()
 
 
 def main():
@@ -56,11 +68,11 @@ def main():
     parser.add_argument("--count", type=int, default=200, help="prompts of each kind (default: %(default)s)")
     options = parser.parse_args()
     cascade = Cascade(options.weights, keep=True)
-    print(f"| {'percent right':34} | " + " | ".join(f"{part:8}" for part in PARTS) + " |")
+    print(f"| {'percent right':32} | " + " | ".join(f"{part:8}" for part in PARTS) + " |")
     print("|---" * (len(PARTS) + 1) + "|")
 
     def row(name, shares):
-        print(f"| {name:34} | " + " | ".join(f"{share:8.1f}" for share in shares) + " |", flush=True)
+        print(f"| {name:32} | " + " | ".join(f"{share:8.1f}" for share in shares) + " |", flush=True)
 
     for two, what in ((0.0, "one object"), (1.0, "two objects")):
         for held in (False, True):
@@ -69,10 +81,16 @@ def main():
             row(f"{what}, {'held out' if held else 'seen'}", judged(scenes, draw(cascade, scenes)))
     rng = np.random.default_rng(SEED[False])
     scenes = [shapes.sample_scene(rng) for _ in range(options.count)]
-    pictures = reconstruct(cascade, scenes)
-    true = np.stack([shapes.render(scene) for scene in scenes]) / 255
-    psnr = np.mean([-10 * np.log10(np.mean((a - b) ** 2)) for a, b in zip(true, pictures)])
-    row(f"reconstruction ({psnr:.1f} dB)", judged(scenes, pictures))
+    for name, way in (("reconstruction", reconstruct), ("Stage A alone", stage_a_alone)):
+        pictures = way(cascade, scenes)
+        psnr = np.mean([-10 * np.log10(np.mean((a - b) ** 2)) for a, b in zip(true_pictures(scenes), pictures)])
+        row(f"{name} ({psnr:.1f} dB)", judged(scenes, pictures))
+
+    red = [sum(any(thing.colour == "red" for thing in shapes.judge((picture * 255).round().astype(np.uint8)).things)
+               for picture in cascade([f"a {shape}" for shape in shapes.SHAPES], unwanted, images=8, output="np"))
+           for unwanted in ("", "red")]
+    print(f"\nOf 48 pictures of 'a circle', 'a square' ... {red[0]} have a red thing; "
+          f"with 'red' as the negative prompt {red[1]} have one.")
 
 
 if __name__ == "__main__":
