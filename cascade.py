@@ -5,6 +5,9 @@
     python cascade.py "a circle" --negative "red" --guidance 6
     python cascade.py "a green heart" -o heart.safetensors                      Stage C alone: saves semantic latents
     python cascade.py --latents heart.safetensors -o heart.png                  Stage B and A: draws them
+    python cascade.py --variation-image a.png                                   something like it
+    python cascade.py "a blue star" --init-image a.png --strength 0.7           starts from it
+    python cascade.py --reconstruct a.png                                       through the semantic latent and back
     python cascade.py "an astronaut" --weights weights/official --lite --dtype bf16
 
 The journey: the text tower reads the prompt; Stage C imagines a semantic latent, 42.67 times smaller than the picture
@@ -21,12 +24,13 @@ import numbers
 import os
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+import torch.nn.functional as F
+from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save
 from tqdm import tqdm
@@ -34,11 +38,12 @@ from tqdm import tqdm
 import model
 import text_encoder
 from model import CascadeError, Weights
-from sampler import draw, generators, sample
+from sampler import RECIPES, draw, generators, sample
 
 COMPRESSION = 42.67                                     # pixels per position of the semantic latent
 LIMITS = {"width": (64, 8192), "height": (64, 8192), "steps": (1, 1000), "prior_steps": (0, 1000),
-          "guidance": (0.0, 100.0), "images": (1, 1000), "seed": (0, 2 ** 63 - 1)}
+          "guidance": (0.0, 100.0), "strength": (0.0, 1.0), "images": (1, 1000), "seed": (0, 2 ** 63 - 1)}
+STRENGTH = 0.8                                          # of a start from a picture
 OUTPUTS = ("pil", "np", "pt", "latent")
 TINY = Path(__file__).resolve().parent / "weights" / "tiny"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -49,7 +54,12 @@ PLACES = {"stage_c": ("stage_c", "prior/diffusion_pytorch_model"),
           "stage_b": ("stage_b", "decoder/diffusion_pytorch_model"),
           "stage_b_lite": ("stage_b_lite", "decoder_lite/diffusion_pytorch_model"),
           "stage_a": ("stage_a", "vqgan/diffusion_pytorch_model"),
-          "text_encoder": ("text_encoder/model",)}
+          "text_encoder": ("text_encoder/model",), "image_encoder": ("image_encoder/model",),
+          "effnet_encoder": ("effnet_encoder",), "previewer": ("previewer",)}
+# The options that a picture says it was made with.
+SAID = ("negative", "seed", "steps", "guidance", "recipe", "guidance_interval", "variation_image", "init_image",
+        "strength", "reconstruct")
+DRAWING = ("text_encoder", "stage_c", "stage_b", "stage_a")     # what every prompt needs
 
 
 def find(folder, name):
@@ -73,9 +83,9 @@ def check(**values):
             raise CascadeError(f"{name} is {value!r}; wanted is a {what} from {low} to {high}")
 
 
-def check_output(output):
-    if output not in OUTPUTS:
-        raise CascadeError(f"output is {output!r}; wanted is one of {', '.join(OUTPUTS)}")
+def check_choice(name, value, choices):
+    if value not in choices:
+        raise CascadeError(f"{name} is {value!r}; wanted is one of {', '.join(choices)}")
 
 
 def strings(name, value):
@@ -84,6 +94,30 @@ def strings(name, value):
     if not isinstance(found, (list, tuple)) or not found or not all(isinstance(string, str) for string in found):
         raise CascadeError(f"{name} is {value!r:.80}; wanted is a string or a list of strings")
     return list(found)
+
+
+def open_picture(picture):
+    """A file or a picture of pillow's -> RGB, upright, white where it is transparent."""
+    try:
+        opened = ImageOps.exif_transpose(picture if isinstance(picture, Image.Image) else Image.open(picture))
+        if max(opened.size) > 100 * min(opened.size):
+            raise ValueError(f"{opened.size[0]} x {opened.size[1]} is too long and thin")
+        if opened.mode.startswith("I"):                 # 16 bits of grey
+            opened = Image.fromarray((np.asarray(opened) / 257).astype(np.uint8))
+        if opened.has_transparency_data:
+            opened = opened.convert("RGBA")
+            opened = Image.alpha_composite(Image.new("RGBA", opened.size, "white"), opened)
+        return opened.convert("RGB")
+    except FileNotFoundError:
+        raise CascadeError(f"{picture}: there is no such file") from None
+    except (OSError, ValueError, TypeError, AttributeError, SyntaxError, Image.DecompressionBombError) as error:
+        raise CascadeError(f"{picture}: not a picture that can be used ({error}); wanted is a PNG, a JPEG or alike, "
+                           "of less than 178 million pixels") from None
+
+
+def to_pillow(picture):
+    """(H, W, 3) in [0, 1] -> a picture of pillow's."""
+    return Image.fromarray((picture * 255).round().astype(np.uint8))
 
 
 @dataclass(frozen=True)
@@ -126,7 +160,8 @@ class Cascade:
         lite_c, lite_b = ("_lite" if lite in (True, half) else "" for half in ("prior", "decoder"))
         # network -> (its name in PLACES, its type)
         self.stages = {"text_encoder": ("text_encoder", dtypes[0]), "stage_c": (f"stage_c{lite_c}", dtypes[0]),
-                       "stage_b": (f"stage_b{lite_b}", dtypes[1]), "stage_a": ("stage_a", dtypes[1])}
+                       "stage_b": (f"stage_b{lite_b}", dtypes[1]), "stage_a": ("stage_a", dtypes[1]),
+                       **{name: (name, dtypes[0]) for name in ("image_encoder", "effnet_encoder", "previewer")}}
         self.kept = {}
 
     def file(self, name):
@@ -137,14 +172,11 @@ class Cascade:
         return {name: f"{os.path.relpath(self.file(name))}, {self.device}, {self.stages[name][1]}" for name in names}
 
     def network(self, name):
-        """text_encoder, stage_c, stage_b or stage_a, ready to run."""
+        """One of text_encoder, stage_c, stage_b, stage_a, image_encoder, effnet_encoder, previewer, ready to run."""
         if name in self.kept:
             return self.kept[name]
-        path, dtype = self.file(name), self.stages[name][1]
-        if name == "text_encoder":
-            network = text_encoder.load(path, self.device, dtype)
-        else:
-            network = model.load(path, self.device, dtype, expect=name)
+        load = text_encoder.load if name in text_encoder.TOWERS else model.load
+        network = load(self.file(name), self.device, self.stages[name][1], expect=name)
         if self.keep:
             self.kept[name] = network
         return network
@@ -175,35 +207,85 @@ class Cascade:
         order = [unique.index(row) for row in rows]
         return Text(hidden[order], pooled[order])
 
-    def _sample(self, name, shape, condition, steps, guidance, sources):
+    @torch.inference_mode()
+    def look(self, pictures):
+        """Pictures (files or pillow's) -> what the image tower makes of them, (n, 768)."""
+        pictures = [open_picture(picture) for picture in pictures]
+        tower = self.network("image_encoder")
+        pixels = torch.stack([text_encoder.fit(picture, tower.config.side) for picture in pictures])    # (n, 3, S, S)
+        return tower(pixels.to(self.device, self.stages["image_encoder"][1]))
+
+    @torch.inference_mode()
+    def encode(self, picture, width=None, height=None):
+        """A picture, scaled and cut to width x height -> its semantic latent (1, 16, h, w), fp32."""
+        width, height = self.size(width, height)
+        picture = ImageOps.fit(open_picture(picture), (width, height), Image.Resampling.BICUBIC)
+        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 255       # (1, 3, H, W)
+        h, w = math.ceil(height / COMPRESSION), math.ceil(width / COMPRESSION)
+        pixels = F.interpolate(pixels, (32 * h, 32 * w), mode="bilinear", antialias=True)
+        return self.network("effnet_encoder")(pixels.to(self.device, self.stages["effnet_encoder"][1])).float()
+
+    def _sample(self, name, shape, condition, steps, guidance, sources, recipe, watch=None, **start):
         """Runs a stage to its last latent, and stops at one that is not finite."""
         label, unet = name.replace("_", " ").title(), self.network(name)
-        latents = sample(unet, shape, condition, steps, guidance, sources)
-        for i, x in enumerate(tqdm(latents, label, steps, disable=not self.progress), 1):
+        latents = sample(unet, shape, condition, steps, guidance, sources, recipe, **start)
+        for i, (x, x0) in enumerate(tqdm(latents, label, steps, disable=not self.progress), 1):
             if not x.isfinite().all():
                 raise CascadeError(f"{label}: the latent is not finite after step {i} of {steps}; the weights may be "
                                    f"broken, or too large for {self.stages[name][1]}: try bf16 or fp32")
-        return x                                                                        # (N, *shape), fp32
+            if watch:
+                watch(i, x0)
+        return x0 if recipe.ends_clean else x                                           # (N, *shape), fp32
 
     @torch.inference_mode()
-    def prior(self, prompts, negative="", width=None, height=None, steps=20, guidance=4.0, images=1, seed=0):
-        """Stage C: prompts -> semantic latents (N, 16, h, w), fp32. prompts may be a Text that was read before."""
+    def prior(self, prompts="", negative="", width=None, height=None, steps=20, guidance=4.0, images=1, seed=0,
+              variation_images=None, init_image=None, strength=STRENGTH, recipe="diffusers", interval=(0.0, 1.0),
+              watch=None):
+        """Stage C: prompts -> semantic latents (N, 16, h, w), fp32.
+
+        prompts             strings, or the Text read from them
+        variation_images    pictures to take after (a list of files or pillow's), or their embeddings (n, 768)
+        init_image          a picture, or a semantic latent (1 or N, 16, h, w), to start from: it is noised to
+                            t = strength, and int(steps * strength) steps lead back
+        recipe, interval    see sampler.py
+        watch               called after every step with its number and what is taken for the clean latents
+        """
         width, height = self.size(width, height)
-        check(steps=steps, guidance=guidance, images=images, seed=seed)
+        check(steps=steps, guidance=guidance, images=images, seed=seed, strength=strength)
+        check_choice("recipe", recipe, RECIPES)
+        if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
+            raise CascadeError(f"interval is {interval}; wanted are two times, from 0 to 1, the lower first")
         text = prompts if isinstance(prompts, Text) else self.read(prompts, negative)
-        condition = {"clip_text": text.rows(text.hidden, images, guidance > 1),
-                     "clip_text_pooled": text.rows(text.pooled, images, guidance > 1)}
+        count, guided = images * len(text.pooled) // 2, guidance > 1
+        condition = {"clip_text": text.rows(text.hidden, images, guided),
+                     "clip_text_pooled": text.rows(text.pooled, images, guided)}
+        if variation_images is not None:
+            seen = variation_images if torch.is_tensor(variation_images) else self.look(variation_images)
+            wanted = Weights(self.file("stage_c"))["clip_img_mapper.weight"][1]
+            if seen.dim() != 2 or seen.shape[1] != wanted:
+                raise CascadeError(f"variation_images are {tuple(seen.shape)}; wanted is (n, {wanted})")
+            rows = seen.expand(count, *seen.shape)                                      # (N, n, 768)
+            condition["clip_img"] = torch.cat([rows, torch.zeros_like(rows)]) if guided else rows
         shape = (16, math.ceil(height / COMPRESSION), math.ceil(width / COMPRESSION))
-        sources = generators(seed, images * len(text.pooled) // 2)
-        return self._sample("stage_c", shape, condition, steps, guidance, sources)      # (N, 16, h, w)
+        start = {}
+        if init_image is not None:
+            z = init_image if torch.is_tensor(init_image) else self.encode(init_image, width, height)
+            if z.dim() != 4 or z.shape[1:] != shape or len(z) not in (1, count):
+                raise CascadeError(f"init_image is a latent {tuple(z.shape)}; wanted is (1 or {count}, {shape})")
+            steps, start = int(steps * strength), {"start": z, "strength": strength}
+            if not steps:
+                raise CascadeError(f"strength is {strength}: not one step is left; wanted is more, or more steps")
+        sources, recipe = generators(seed, count), replace(RECIPES[recipe], interval=interval)
+        return self._sample("stage_c", shape, condition, steps, guidance, sources, recipe, watch, **start)
 
     @torch.inference_mode()
-    def decode(self, latents, prompts="", negative="", width=None, height=None, steps=10, guidance=0.0, seed=0,
-               prior_steps=20, output="pil"):
+    def decode(self, latents, prompts="", negative="", width=None, height=None, steps=10, guidance=None, seed=0,
+               prior_steps=20, output="pil", recipe="diffusers"):
         """Stage B and A: semantic latents (N, 16, h, w) -> N pictures of exactly width x height.
 
         prompts         those that the latents were imagined from, in the same order, or the Text read from them
         width, height   42.67 times the latent's sides, if None
+        guidance        None is what the recipe says: 1.1 in the original, else none
         prior_steps     the noise goes on where a prior of so many steps left off
         output          "pil": a list of pictures, "np": (N, H, W, 3) fp32 in [0, 1], "pt": (N, 3, H, W) fp32 in [0, 1],
                         "latent": Stage B's latents (N, 4, y, x), not scaled
@@ -213,7 +295,9 @@ class Cascade:
         h, w = latents.shape[2:]
         width, height = self.size(int(w * COMPRESSION) if width is None else width,
                                   int(h * COMPRESSION) if height is None else height)
-        check(steps=steps, guidance=guidance, seed=seed, prior_steps=prior_steps), check_output(output)
+        check_choice("output", output, OUTPUTS), check_choice("recipe", recipe, RECIPES)
+        guidance = RECIPES[recipe].decoder_guidance if guidance is None else guidance
+        check(steps=steps, guidance=guidance, seed=seed, prior_steps=prior_steps)
         if (h, w) != (math.ceil(height / COMPRESSION), math.ceil(width / COMPRESSION)):
             raise CascadeError(f"latents of {h} x {w} are not those of a picture of {width} x {height}")
         text = prompts if isinstance(prompts, Text) else self.read(prompts, negative)
@@ -228,7 +312,8 @@ class Cascade:
         condition = {"clip_text_pooled": text.rows(text.pooled, images, guidance > 1),
                      "effnet": torch.cat([latents, *unwanted])}                         # (N or 2N, 16, h, w)
         shape = (4, 2 * math.ceil(height / 8), 2 * math.ceil(width / 8))                # even, for Stage B's patches
-        z = self._sample("stage_b", shape, condition, steps, guidance, sources)         # (N, 4, y, x)
+        recipe = replace(RECIPES[recipe], shift=RECIPES[recipe].shift and 1.0)
+        z = self._sample("stage_b", shape, condition, steps, guidance, sources, recipe)  # (N, 4, y, x)
         if output == "latent":
             return z
         stage_a, dtype = self.network("stage_a"), self.stages["stage_a"][1]
@@ -242,18 +327,23 @@ class Cascade:
         pictures = pictures.permute(0, 2, 3, 1).cpu().numpy()                           # (N, H, W, 3)
         if output == "np":
             return pictures
-        return [Image.fromarray((picture * 255).round().astype(np.uint8)) for picture in pictures]
+        return [to_pillow(picture) for picture in pictures]
 
-    def __call__(self, prompts, negative="", width=None, height=None, steps=20, guidance=4.0, decoder_steps=10,
-                 decoder_guidance=0.0, images=1, seed=0, output="pil"):
-        """Prompts -> pictures, `images` of each; picture i of all is drawn from seed + i. See `prior` and `decode`."""
-        check(steps=decoder_steps, guidance=decoder_guidance), check_output(output)     # now, not after the prior
-        for name in self.stages:
+    def __call__(self, prompts="", negative="", width=None, height=None, steps=20, guidance=4.0, decoder_steps=10,
+                 decoder_guidance=None, images=1, seed=0, output="pil", recipe="diffusers", **prior):
+        """Prompts -> pictures, `images` of each; picture i of all is drawn from seed + i. `prior` and `decode` tell the
+        rest."""
+        check_choice("output", output, OUTPUTS)                                         # now, not after the prior
+        check(steps=decoder_steps, guidance=decoder_guidance or 0.0)
+        for name in DRAWING:
             self.file(name)
         width, height = self.size(width, height)
         text = self.read(prompts, negative)
-        latents = self.prior(text, "", width, height, steps, guidance, images, seed)    # (N, 16, h, w)
-        return self.decode(latents, text, "", width, height, decoder_steps, decoder_guidance, seed, steps, output)
+        latents = self.prior(text, "", width, height, steps, guidance, images, seed, recipe=recipe, **prior)
+        if prior.get("init_image") is not None:
+            steps = int(steps * prior.get("strength", STRENGTH))
+        return self.decode(latents, text, "", width, height, decoder_steps, decoder_guidance, seed, steps, output,
+                           recipe)
 
 
 # ------------------------------------------------------------------------------------------------ the command
@@ -270,6 +360,11 @@ def parse(arguments):
     add("-o", "--output", default="picture.png", type=Path, metavar="FILE",
         help="a .png, numbered where there are several; or a .safetensors, for the semantic latents alone")
     add("--latents", metavar="FILE", help="draw these semantic latents, saved before, instead of a prompt")
+    add("--variation-image", nargs="+", metavar="FILE", help="pictures to take after, with or without a prompt")
+    add("--init-image", metavar="FILE", help="a picture to start from")
+    add("--strength", type=float, default=STRENGTH, help="how far from --init-image, 0 to 1 (default: %(default)s)")
+    add("--reconstruct", metavar="FILE", help="this picture, through its semantic latent and back")
+    add("--previews", type=Path, metavar="FOLDER", help="saves what Stage C has in mind after every step")
     add("--negative", default="", metavar="TEXT", help="what not to draw (needs guidance)")
     add("--width", type=int, help="pixels, exactly (default: what the weights were trained for)")
     add("--height", type=int)
@@ -278,7 +373,10 @@ def parse(arguments):
     add("--steps", type=int, default=20, help="of Stage C (default: %(default)s)")
     add("--guidance", type=float, default=4.0, help="how strictly C obeys; up to 1 is none (default: %(default)s)")
     add("--decoder-steps", type=int, default=10, help="of Stage B (default: %(default)s)")
-    add("--decoder-guidance", type=float, default=0.0, help="of Stage B (default: none)")
+    add("--decoder-guidance", type=float, help="of Stage B (default: 1.1 in the original recipe, else none)")
+    add("--recipe", default="diffusers", choices=RECIPES, help="how to sample (default: %(default)s)")
+    add("--guidance-interval", type=float, nargs=2, default=[0.0, 1.0], metavar=("LOW", "HIGH"),
+        help="the times, 1 noise and 0 none, at which there is guidance (default: all)")
     add("--weights", type=Path, default=TINY, metavar="FOLDER", help="(default: the small cascade, weights/tiny)")
     add("--lite", nargs="?", const=True, default=False, choices=["prior", "decoder"],
         help="the lite Stage C and B; or one of them alone: --lite prior, --lite decoder")
@@ -308,15 +406,30 @@ def png(picture, used):
     return file.getvalue()
 
 
+def previews(cascade, folder):
+    """What is called after every step of Stage C, to save its latents as small pictures side by side."""
+    previewer, dtype = cascade.network("previewer"), cascade.stages["previewer"][1]
+
+    def watch(step, x0):
+        row = torch.cat(list(previewer(x0.to(dtype)).float()), dim=2)                   # (3, 8h, N * 8w)
+        write(png(to_pillow(row.clamp(0, 1).permute(1, 2, 0).cpu().numpy()), {"step": step}),
+              folder / f"step-{step:03}.png")
+    return watch
+
+
 def run(options):
     output = options.output
     if output.suffix not in (".png", ".safetensors"):
         raise CascadeError(f"{output}: wanted is a name that ends in .png or .safetensors")
-    folder = output.absolute().parent
-    if output.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise CascadeError(f"{output}: cannot be written; is its folder there, and yours?")
-    if bool(options.prompts) == bool(options.latents):
-        raise CascadeError("wanted is a prompt, or --latents FILE, and not both")
+    for path, folder in ((output, output.absolute().parent), (options.previews, options.previews)):
+        if path and (output.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK)):
+            raise CascadeError(f"{path}: cannot be written; is its folder there, and yours?")
+    prompted = bool(options.prompts or options.variation_image or options.init_image)
+    if prompted + bool(options.latents) + bool(options.reconstruct) != 1:
+        raise CascadeError("wanted is a prompt or a picture to start from, or --latents FILE, or --reconstruct FILE, "
+                           "and only one of these")
+    if options.decoder_guidance is None:
+        options.decoder_guidance = RECIPES[options.recipe].decoder_guidance
     cascade = Cascade(options.weights, options.device, options.dtype, options.lite, options.decoder_dtype,
                       progress=True)
 
@@ -327,32 +440,46 @@ def run(options):
         latents = saved.tensor("latents")
         try:
             used = json.loads(saved.metadata["cascade"])
-            prompts, seed, width, height, steps = (used[key] for key in ("prompts", "seed", "width", "height", "steps"))
+            prompts, seed, width, height = (used[key] for key in ("prompts", "seed", "width", "height"))
         except (KeyError, ValueError):
             raise CascadeError(f"{options.latents}: not saved by this command: it names no prompts") from None
         text = cascade.read(prompts, used["negative"])
     else:
-        prompts, seed, steps = options.prompts, options.seed, options.steps
-        check(steps=options.decoder_steps, guidance=options.decoder_guidance)       # now, not after the prior
-        for name in ["text_encoder", "stage_c"] if output.suffix == ".safetensors" else cascade.stages:
+        check(steps=options.decoder_steps, guidance=options.decoder_guidance)           # now, not after the prior
+        for name in ["text_encoder", "stage_c"] if output.suffix == ".safetensors" else DRAWING:
             cascade.file(name)
+        prompts, seed = options.prompts or [""], options.seed
         width, height = cascade.size(options.width, options.height)
         text = cascade.read(prompts, options.negative)
-        latents = cascade.prior(text, "", width, height, steps, options.guidance, options.images, seed)
-        used = {"prompts": prompts, "negative": options.negative, "seed": seed, "width": width, "height": height,
-                "steps": steps, "guidance": options.guidance, **cascade.used("text_encoder", "stage_c")}
+        if options.reconstruct:
+            latents = cascade.encode(options.reconstruct, width, height)
+        else:
+            latents = cascade.prior(
+                text, "", width, height, options.steps, options.guidance, options.images, seed,
+                options.variation_image, options.init_image, options.strength, options.recipe,
+                options.guidance_interval, previews(cascade, options.previews) if options.previews else None)
+        options.strength = options.strength if options.init_image else None
+        used = {name: value for name, value in vars(options).items() if name in SAID and value is not None}
+        used |= {"prompts": prompts, "width": width, "height": height,
+                 **cascade.used("text_encoder", "effnet_encoder" if options.reconstruct else "stage_c")}
         if output.suffix == ".safetensors":
             return write(save({"latents": latents.cpu()}, {"cascade": json.dumps(used)}), output)
 
-    pictures = cascade.decode(latents, text, "", width, height, options.decoder_steps,
-                              options.decoder_guidance, seed, steps)
+    pictures = cascade.decode(
+        latents, text, "", width, height, options.decoder_steps, options.decoder_guidance, seed,
+        int(used["steps"] * used.get("strength", 1)), "np", options.recipe)
+    if options.reconstruct:
+        true = ImageOps.fit(open_picture(options.reconstruct), (width, height), Image.Resampling.BICUBIC)
+        error = ((pictures[0] - np.asarray(true) / 255) ** 2).mean()
+        print(f"{pictures[0].size} numbers to {latents.numel()}, {pictures[0].size / latents.numel():.0f} times fewer, "
+              f"and back: PSNR {-10 * math.log10(error):.1f} dB")
     used |= {"decoder_steps": options.decoder_steps, "decoder_guidance": options.decoder_guidance,
              **cascade.used("stage_b", "stage_a")}
     del used["prompts"]
     for i, picture in enumerate(pictures):
         path = output if len(pictures) == 1 else output.with_stem(f"{output.stem}-{i}")
         prompt = prompts[i * len(prompts) // len(pictures)]
-        write(png(picture, {"prompt": prompt, **used, "seed": seed + i}), path)
+        write(png(to_pillow(picture), {"prompt": prompt, **used, "seed": seed + i}), path)
 
 
 def main(arguments=None):

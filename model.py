@@ -77,7 +77,16 @@ def resize(x, size):
 @dataclass(frozen=True)
 class UNetConfig:
     """Levels are listed from the outermost in, `up` from the innermost out. A level is a string of block kinds:
-    R residual, T timestep, A attention; it is passed `repeat` times."""
+    R residual, T timestep, A attention; it is passed `repeat` times. The official ones:
+
+        file            widths                  down                            up repeats      parameters
+        stage_c         2048 2048               RTA x 8, 24                     1 1             3589 M
+        stage_c_lite    1536 1536               RTA x 4, 12                     1 1             1031 M
+        stage_b         320 640 1280 1280       RT x 2, 6, RTA x 28, 6          3 3 2 2         1563 M
+        stage_b_lite    320 576 1152 1152       RT x 2, 4, RTA x 14, 4          2 2 2 2         700 M
+
+    `up` mirrors `down`; no way down repeats.
+    """
     widths: tuple[int, ...]                     # channels of each level
     down: tuple[str, ...]
     up: tuple[str, ...]
@@ -91,20 +100,6 @@ class UNetConfig:
     image: int = 0                              # width of the image embeddings: Stage C
     semantic: int = 0                           # channels of the semantic latent: Stage B
     switch: tuple[bool, ...] | None = None      # Stage C: does the change to this level halve the resolution?
-
-
-FOR_C = {"latent": 16, "patch": 1, "extras": ("sca", "crp"), "image": 768, "switch": (False,)}
-FOR_B = {"latent": 4, "patch": 2, "extras": ("sca",), "semantic": 16, "c_cond": 1280, "down_repeat": (1, 1, 1, 1)}
-UNETS = {
-    "stage_c": UNetConfig((2048, 2048), ("RTA" * 8, "RTA" * 24), ("RTA" * 24, "RTA" * 8),                   # 3589 M
-                          down_repeat=(1, 1), up_repeat=(1, 1), c_cond=2048, **FOR_C),
-    "stage_c_lite": UNetConfig((1536, 1536), ("RTA" * 4, "RTA" * 12), ("RTA" * 12, "RTA" * 4),              # 1031 M
-                               down_repeat=(1, 1), up_repeat=(1, 1), c_cond=1536, **FOR_C),
-    "stage_b": UNetConfig((320, 640, 1280, 1280), ("RT" * 2, "RT" * 6, "RTA" * 28, "RTA" * 6),              # 1563 M
-                          ("RTA" * 6, "RTA" * 28, "RT" * 6, "RT" * 2), up_repeat=(3, 3, 2, 2), **FOR_B),
-    "stage_b_lite": UNetConfig((320, 576, 1152, 1152), ("RT" * 2, "RT" * 4, "RTA" * 14, "RTA" * 4),         # 700 M
-                               ("RTA" * 4, "RTA" * 14, "RT" * 4, "RT" * 2), up_repeat=(2, 2, 2, 2), **FOR_B),
-}
 
 
 class GlobalResponseNorm(nn.Module):

@@ -258,4 +258,4 @@ def load(path, device="cpu", dtype=None, expect=None):
     if path.is_dir():
         plain, bf16 = path / "model.safetensors", path / "model.bf16.safetensors"
         path = bf16 if bf16.exists() and not plain.exists() else plain
-    return model.load(path, device, dtype, expect, TOWERS)
+    return model.load(path, device, dtype, expect=expect, networks=TOWERS)

@@ -234,8 +234,8 @@ def test_negatives_that_do_not_fit(good):
 
 
 def test_no_prompt_or_a_prompt_beside_latents(refused, tmp_path):
-    assert "wanted is a prompt, or --latents FILE" in refused(prompt=())
-    assert "wanted is a prompt, or --latents FILE" in refused("--latents", tmp_path / "x.safetensors")
+    assert "wanted is a prompt or a picture to start from, or --latents FILE" in refused(prompt=())
+    assert "and only one of these" in refused("--latents", tmp_path / "x.safetensors")
 
 
 @pytest.mark.parametrize("option", ["--width", "--height"])

@@ -14,7 +14,6 @@ import torch
 import text_encoder
 from model import (
     NETWORKS,
-    UNETS,
     Previewer,
     PreviewerConfig,
     SemanticEncoder,
@@ -22,11 +21,24 @@ from model import (
     StageA,
     StageAConfig,
     UNet,
+    UNetConfig,
     Weights,
     load,
 )
 
 TESTS = Path(__file__).resolve().parent
+FOR_C = {"latent": 16, "patch": 1, "extras": ("sca", "crp"), "image": 768, "switch": (False,)}
+FOR_B = {"latent": 4, "patch": 2, "extras": ("sca",), "semantic": 16, "c_cond": 1280, "down_repeat": (1, 1, 1, 1)}
+UNETS = {
+    "stage_c": UNetConfig((2048, 2048), ("RTA" * 8, "RTA" * 24), ("RTA" * 24, "RTA" * 8),                   # 3589 M
+                          down_repeat=(1, 1), up_repeat=(1, 1), c_cond=2048, **FOR_C),
+    "stage_c_lite": UNetConfig((1536, 1536), ("RTA" * 4, "RTA" * 12), ("RTA" * 12, "RTA" * 4),              # 1031 M
+                               down_repeat=(1, 1), up_repeat=(1, 1), c_cond=1536, **FOR_C),
+    "stage_b": UNetConfig((320, 640, 1280, 1280), ("RT" * 2, "RT" * 6, "RTA" * 28, "RTA" * 6),              # 1563 M
+                          ("RTA" * 6, "RTA" * 28, "RT" * 6, "RT" * 2), up_repeat=(3, 3, 2, 2), **FOR_B),
+    "stage_b_lite": UNetConfig((320, 576, 1152, 1152), ("RT" * 2, "RT" * 4, "RTA" * 14, "RTA" * 4),         # 700 M
+                               ("RTA" * 4, "RTA" * 14, "RT" * 4, "RT" * 2), up_repeat=(2, 2, 2, 2), **FOR_B),
+}
 OFFICIAL = {
     **{name: (UNet, config) for name, config in UNETS.items()},
     "stage_a": (StageA, StageAConfig()),
@@ -120,7 +132,8 @@ FULL_SIZE = """
 import resource, sys, time
 import torch
 from safetensors.torch import save_file
-from model import UNETS, UNet, load
+from model import UNet, load
+from test_official import UNETS
 torch.manual_seed(0)
 for name, given in (
         ("stage_c_lite", dict(x=(2, 16, 24, 24), clip_text_pooled=(2, 1, 1280), clip_text=(2, 77, 1280))),
@@ -150,7 +163,7 @@ def test_a_full_size_lite_pair_loads_and_runs_a_step_within_8_gb(tmp_path):
         [sys.executable, "-c", FULL_SIZE, tmp_path],
         capture_output=True,
         text=True,
-        env=os.environ | {"PYTHONPATH": str(TESTS.parent)},
+        env=os.environ | {"PYTHONPATH": f"{TESTS.parent}:{TESTS}"},
     )
     assert run.returncode == 0, run.stderr
     print(run.stdout)

@@ -90,12 +90,15 @@ def steps(cascade):
     source = generators(3, 1)
     condition = {"clip_text": text.hidden, "clip_text_pooled": text.pooled}
     c = list(sample(cascade.network("stage_c"), (16, 3, 3), condition, 20, 4.0, source))
-    condition = {"clip_text_pooled": text.pooled[:1], "effnet": c[-1]}
+    condition = {"clip_text_pooled": text.pooled[:1], "effnet": c[-1][0]}
     b = list(sample(cascade.network("stage_b"), (4, 32, 32), condition, 10, 0.0, source))
-    show = [("Stage C", previewer, c, (1, 5, 9, 12, 14, 16, 18, 20)),
-            ("Stage B", cascade.network("stage_a").decode, b, (1, 3, 5, 6, 7, 8, 9, 10))]
-    sheet("steps", [[(see(latents[i - 1])[0].permute(1, 2, 0).numpy(), f"{stage}, step {i}") for i in chosen]
-                    for stage, see, latents, chosen in show])
+    rows = []
+    for stage, see, latents, chosen in (("C", previewer, c, (1, 3, 6, 9, 12, 15, 18, 20)),
+                                        ("B", cascade.network("stage_a").decode, b, (1, 2, 3, 4, 5, 6, 8, 10))):
+        for kind, words in enumerate(("", ", guess")):
+            rows.append([(see(latents[i - 1][kind])[0].permute(1, 2, 0).numpy(), f"Stage {stage}, step {i}{words}")
+                         for i in chosen])
+    sheet("steps", rows)
 
 
 def reconstruction(cascade):

@@ -191,7 +191,7 @@ def twin(scene):
     a, b = scene.things
     swapped = shapes.Scene((replace(a, x=b.x, y=b.y), replace(b, x=a.x, y=a.y)), scene.ground)
     recoloured = shapes.Scene((replace(a, colour=b.colour), replace(b, colour=a.colour)), scene.ground)
-    return recoloured if a.x > b.x and not shapes.held_out(recoloured) else swapped
+    return recoloured if a.x > b.x and a.colour != b.colour and not shapes.held_out(recoloured) else swapped
 
 
 def train_clip(options):
@@ -357,7 +357,7 @@ def train_c(options):
         return noise_loss(unet, semantics[rows].float(), clip_text_pooled=pooled.float(), clip_text=hidden.float(),
                           clip_img=picture)
 
-    unet = train("c", unet, loss_of, options.steps or 8000, 2e-3, options.work, muon)
+    unet = train("c", unet, loss_of, options.steps or 8500, 2e-3, options.work, muon)
     publish(unet, options.out / "stage_c.safetensors", {"width": str(shapes.SIDE), "height": str(shapes.SIDE)})
 
 

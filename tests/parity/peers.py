@@ -1,9 +1,15 @@
 """The same weights in the peers' classes."""
 
 import torch
-from diffusers import DDPMWuerstchenScheduler, StableCascadeCombinedPipeline, StableCascadeUNet
+from diffusers import (
+    DDPMWuerstchenScheduler,
+    StableCascadeCombinedPipeline,
+    StableCascadePriorPipeline,
+    StableCascadeUNet,
+)
 from diffusers.pipelines.deprecated.wuerstchen.modeling_paella_vq_model import PaellaVQModel
 from transformers import (
+    CLIPImageProcessorPil,
     CLIPTextConfig,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
@@ -12,7 +18,7 @@ from transformers import (
 )
 
 from model import load
-from text_encoder import load as load_text
+from text_encoder import load as load_tower
 from tiny import to_diffusers
 
 BLOCKS = {"R": "SDCascadeResBlock", "T": "SDCascadeTimestepBlock", "A": "SDCascadeAttnBlock"}
@@ -122,7 +128,7 @@ def scheduler():
 def combined_pipeline(folder):
     """diffusers' pipeline with the weights of a folder of original files."""
     unets = [diffusers_unet(load(folder / f"{name}.safetensors")) for name in ("stage_c", "stage_b")]
-    text = transformers_text(load_text(folder / "text_encoder"))
+    text = transformers_text(load_tower(folder / "text_encoder"))
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", model_max_length=77)
     pipeline = StableCascadeCombinedPipeline(
         tokenizer=tokenizer,
@@ -134,6 +140,24 @@ def combined_pipeline(folder):
         prior_text_encoder=text,
         prior_tokenizer=tokenizer,
         prior_scheduler=scheduler(),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def prior_pipeline(folder):
+    """Its first half alone, which takes pictures."""
+    image = load_tower(folder / "image_encoder")
+    side = image.config.side
+    pipeline = StableCascadePriorPipeline(
+        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer", model_max_length=77),
+        text_encoder=transformers_text(load_tower(folder / "text_encoder")),
+        prior=diffusers_unet(load(folder / "stage_c.safetensors")),
+        scheduler=scheduler(),
+        feature_extractor=CLIPImageProcessorPil(
+            size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+        ),
+        image_encoder=transformers_image(image),
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -1,16 +1,18 @@
-"""The image tower is transformers' CLIPVisionModelWithProjection, `fit` its CLIPImageProcessor."""
+"""The image tower is transformers' CLIPVisionModelWithProjection, `fit` its CLIPImageProcessor, and what Stage C makes
+of pictures is what diffusers' prior pipeline does."""
 
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from peers import assert_same, transformers_image
+from peers import assert_same, prior_pipeline, transformers_image
 from PIL import Image
-from tiny import IMAGE, randomise
+from tiny import IMAGE, randomise, write_folder
 from transformers import CLIPImageProcessorPil
 
 import text_encoder
+from cascade import Cascade
 from text_encoder import CLIP_MEAN, CLIP_STD, ImageEncoder, fit
 
 CONFIGS = {
@@ -55,3 +57,31 @@ def test_a_folder_that_transformers_saved_loads(tmp_path, act):
     assert loaded.config == image.config
     pixels = torch.rand(2, 3, 30, 30)
     assert torch.equal(loaded(pixels), image(pixels))
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+@pytest.mark.parametrize("prompts", [[""], ["a red circle", "three stars"]], ids=len)
+@pytest.mark.parametrize("given", ["one picture", "two pictures", "embeddings"])
+def test_variations_are_those_of_diffusers(tmp_path, given, prompts, guidance):
+    folder = write_folder(tmp_path, seed=3)
+    if given == "embeddings":
+        seen = torch.randn(2, 24, generator=torch.Generator().manual_seed(1))
+        ours, theirs = seen, {"image_embeds": seen[None]}
+    else:
+        ours = [picture(70, 50), picture(31, 44)][: 1 if given == "one picture" else 2]
+        theirs = {"images": ours}
+    theirs = prior_pipeline(folder)(
+        prompt=prompts,
+        negative_prompt=["blue"] * len(prompts),
+        width=128,
+        height=128,
+        num_inference_steps=4,
+        guidance_scale=guidance,
+        num_images_per_prompt=2,
+        generator=[torch.Generator("cpu").manual_seed(7 + i) for i in range(2 * len(prompts))],
+        **theirs,
+    ).image_embeddings
+    latents = Cascade(folder).prior(
+        prompts, "blue", 128, 128, 4, guidance, images=2, seed=7, variation_images=ours
+    )
+    assert_same(latents, theirs)
