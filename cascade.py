@@ -103,7 +103,7 @@ def open_picture(picture):
         if max(opened.size) > 100 * min(opened.size):
             raise ValueError(f"{opened.size[0]} x {opened.size[1]} is too long and thin")
         if opened.mode.startswith("I"):                 # 16 bits of grey
-            opened = Image.fromarray((np.asarray(opened) / 257).astype(np.uint8))
+            opened = Image.fromarray((np.asarray(opened) / 257).clip(0, 255).astype(np.uint8))
         if opened.has_transparency_data:
             opened = opened.convert("RGBA")
             opened = Image.alpha_composite(Image.new("RGBA", opened.size, "white"), opened)

@@ -59,6 +59,7 @@ def clean(x, epsilon, now):
 
 @dataclass(frozen=True)
 class Recipe:
+    """How to walk. The default is diffusers'."""
     step: Callable = ddpm
     shift: float | None = None                          # noise levels moved, and r read back from them
     rescale: float = 0.0                                # how much guidance gives back of the size that it adds, 0 to 1

@@ -108,8 +108,29 @@ def reconstruction(cascade):
         (true_pictures(scenes), "true"), (reconstruct(cascade, scenes), "from 144 numbers"))])
 
 
+def variations(cascade):
+    rng = np.random.default_rng(6)
+    scenes = [shapes.sample_scene(rng, 0.25) for _ in range(8)]
+    given = [Image.fromarray(shapes.render(scene)) for scene in scenes]
+    rows = [[(np.asarray(picture) / 255, "given") for picture in given]]
+    for prompt in ("", "on a black background"):
+        rows.append([(cascade(prompt, variation_images=[picture], output="np")[0], prompt or "no prompt")
+                     for picture in given])
+    sheet("variations", rows)
+
+
+def starts(cascade):
+    scene = shapes.Scene((shapes.Thing("circle", "red", "large", 46, 80),), "white")
+    given, prompt = Image.fromarray(shapes.render(scene)), "a large blue star on a white background"
+    rows = [(np.asarray(given) / 255, "given")]
+    rows += [(cascade(prompt, init_image=given, strength=strength, output="np")[0], f"{prompt}, strength {strength}")
+             for strength in (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0)]
+    sheet("starts", [rows])
+
+
 if __name__ == "__main__":
     GALLERY.mkdir(exist_ok=True)
     small = Cascade(keep=True)
-    for draw_sheet in (prompts, seeds, guidance, negative, steps, reconstruction):
+    small("a large red circle on a white background")[0].save(GALLERY / "picture.png")
+    for draw_sheet in (prompts, seeds, guidance, negative, steps, reconstruction, variations, starts):
         draw_sheet(small)
