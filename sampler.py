@@ -105,11 +105,12 @@ def sample(unet, shape, condition, steps, guidance, sources, recipe=Recipe(), st
     weight = unet.clf[1].weight                         # says the type and the device of the network
     condition = {name: value.to(weight) for name, value in condition.items()}
     halved = {name: value[:len(sources)] for name, value in condition.items()}
-    t = r = timesteps(steps, strength).to(weight.device)                                # (steps + 1,)
+    t = r = timesteps(steps, strength)                                                  # (steps + 1,)
     a = alpha_bar(t)
     if recipe.shift is not None:
         a = torch.sigmoid(torch.logit(a) - 2 * math.log(recipe.shift)).clamp(LEAST, MOST)
         r = time_of(a)
+    a, r = a.to(weight.device), r.to(weight.device)
     x = draw(sources, shape, weight.device)                                             # (B, C, y, x)
     if start is not None:
         x = a[0].sqrt() * start.to(x) + (1 - a[0]).sqrt() * x

@@ -162,7 +162,7 @@ def test_a_picture_is_encoded_as_the_network_does(pipeline, picture):
     assert latent.shape == (1, 16, 3, 3) and latent.dtype == torch.float32 and cut.size == (128, 107)
     assert pipeline.encode(picture, 200, 90).shape == (1, 16, 3, 5)
     exact = Image.fromarray(np.asarray(noise(96, 96)))
-    pixels = torch.from_numpy(np.asarray(exact)).permute(2, 0, 1)[None] / 255
+    pixels = torch.from_numpy(np.array(exact)).permute(2, 0, 1)[None] / 255
     small = torch.nn.functional.interpolate(pixels, (96, 96), mode="bilinear", antialias=True)
     assert torch.allclose(pipeline.encode(exact, 96, 96), pipeline.network("effnet_encoder")(small), atol=1e-5)
 
@@ -188,7 +188,7 @@ def test_the_halves_of_a_started_run_are_the_whole(pipeline, picture):
         ({"strength": 1.5, "init_image": torch.zeros(1, 16, 3, 3)}, "strength is 1.5"),
         ({"strength": 0.01, "init_image": torch.zeros(1, 16, 3, 3)}, "not one step is left"),
         ({"init_image": torch.zeros(1, 16, 4, 3)}, "init_image is a latent"),
-        ({"recipe": "soup"}, "recipe is 'soup'; wanted is one of diffusers, original, lcm"),
+        ({"recipe": "soup"}, "recipe is 'soup'; wanted is one of diffusers, lcm, original"),
         ({"interval": (0.7, 0.3)}, "interval is"),
         ({"variation_images": torch.zeros(1, 5)}, "variation_images are"),
     ],

@@ -1,6 +1,6 @@
 """Trains a whole small Stable Cascade from nothing on two CPU cores, with the official classes unchanged.
 
-    python weights/train_tiny.py all                            # one stage after the other: some six hours of one core
+    python weights/train_tiny.py all                            # one stage after the other: some four hours of one core
     python weights/train_tiny.py all --quick --out /tmp/quick   # a minute: proves that everything runs, draws nothing
 
 The chapters, in the order of the file; b needs a and encoder, c needs clip and encoder, and side by side they take one
