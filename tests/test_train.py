@@ -52,7 +52,7 @@ def trained(tmp_path_factory):
 @pytest.mark.parametrize("stage, loss", STAGES)
 def test_the_loss_of_every_stage_falls(trained, stage, loss):
     falls = [float(value) for value in re.findall(rf"^{stage} \d+/\d+ .*?{loss} ([\d.]+)", trained[1], re.MULTILINE)]
-    assert falls[-1] < 0.95 * falls[0], falls
+    assert falls[-1] < (0.98 if stage == "clip" else 0.9) * falls[0], falls
 
 
 def test_a_finished_stage_is_not_trained_again_and_gives_the_same_file(trained):

@@ -3,8 +3,7 @@
     python weights/train_tiny.py all                            # one stage after the other: some four hours of one core
     python weights/train_tiny.py all --quick --out /tmp/quick   # a minute: proves that everything runs, draws nothing
 
-The chapters, in the order of the file; b needs a and encoder, c needs clip and encoder, and side by side they take one
-thread each:
+The chapters, in the order of the file (b needs a and encoder, c needs clip and encoder):
 
     tokenizer   the merges of a byte-pair vocabulary, from captions
     clip        the text tower and the image tower, by telling which caption belongs to which picture
@@ -396,4 +395,5 @@ if __name__ == "__main__":
     options.steps, options.count = (20, 128) if options.quick else (None, None)
     torch.set_num_threads(options.threads)
     for stage in STAGES if "all" in options.stages else options.stages:
+        torch.manual_seed(0)
         STAGES[stage](options)
