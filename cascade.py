@@ -428,8 +428,6 @@ def run(options):
     if prompted + bool(options.latents) + bool(options.reconstruct) != 1:
         raise CascadeError("wanted is a prompt or a picture to start from, or --latents FILE, or --reconstruct FILE, "
                            "and only one of these")
-    if options.decoder_guidance is None:
-        options.decoder_guidance = RECIPES[options.recipe].decoder_guidance
     cascade = Cascade(options.weights, options.device, options.dtype, options.lite, options.decoder_dtype,
                       progress=True)
 
@@ -441,22 +439,23 @@ def run(options):
         try:
             used = json.loads(saved.metadata["cascade"])
             prompts, seed, width, height = (used[key] for key in ("prompts", "seed", "width", "height"))
+            steps, recipe = used["steps"], used["recipe"]
         except (KeyError, ValueError):
             raise CascadeError(f"{options.latents}: not saved by this command: it names no prompts") from None
         text = cascade.read(prompts, used["negative"])
     else:
-        check(steps=options.decoder_steps, guidance=options.decoder_guidance)           # now, not after the prior
+        check(steps=options.decoder_steps, guidance=options.decoder_guidance or 0.0)    # now, not after the prior
         for name in ["text_encoder", "stage_c"] if output.suffix == ".safetensors" else DRAWING:
             cascade.file(name)
-        prompts, seed = options.prompts or [""], options.seed
+        prompts, seed, steps, recipe = options.prompts or [""], options.seed, options.steps, options.recipe
         width, height = cascade.size(options.width, options.height)
         text = cascade.read(prompts, options.negative)
         if options.reconstruct:
             latents = cascade.encode(options.reconstruct, width, height)
         else:
             latents = cascade.prior(
-                text, "", width, height, options.steps, options.guidance, options.images, seed,
-                options.variation_image, options.init_image, options.strength, options.recipe,
+                text, "", width, height, steps, options.guidance, options.images, seed,
+                options.variation_image, options.init_image, options.strength, recipe,
                 options.guidance_interval, previews(cascade, options.previews) if options.previews else None)
         options.strength = options.strength if options.init_image else None
         used = {name: value for name, value in vars(options).items() if name in SAID and value is not None}
@@ -465,15 +464,15 @@ def run(options):
         if output.suffix == ".safetensors":
             return write(save({"latents": latents.cpu()}, {"cascade": json.dumps(used)}), output)
 
-    pictures = cascade.decode(
-        latents, text, "", width, height, options.decoder_steps, options.decoder_guidance, seed,
-        int(used["steps"] * used.get("strength", 1)), "np", options.recipe)
+    guidance = RECIPES[recipe].decoder_guidance if options.decoder_guidance is None else options.decoder_guidance
+    pictures = cascade.decode(latents, text, "", width, height, options.decoder_steps, guidance, seed,
+                              int(steps * used.get("strength", 1)), "np", recipe)
     if options.reconstruct:
         true = ImageOps.fit(open_picture(options.reconstruct), (width, height), Image.Resampling.BICUBIC)
         error = ((pictures[0] - np.asarray(true) / 255) ** 2).mean()
         print(f"{pictures[0].size} numbers to {latents.numel()}, {pictures[0].size / latents.numel():.0f} times fewer, "
               f"and back: PSNR {-10 * math.log10(error):.1f} dB")
-    used |= {"decoder_steps": options.decoder_steps, "decoder_guidance": options.decoder_guidance,
+    used |= {"decoder_steps": options.decoder_steps, "decoder_guidance": guidance,
              **cascade.used("stage_b", "stage_a")}
     del used["prompts"]
     for i, picture in enumerate(pictures):

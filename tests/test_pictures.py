@@ -241,6 +241,16 @@ def test_the_command_reconstructs_and_says_how_well(folder, picture, tmp_path):
     assert np.array_equal(*(np.asarray(Image.open(tmp_path / f"{name}.png")) for name in "bc"))
 
 
+def test_saved_latents_are_decoded_by_the_recipe_that_made_them(folder, picture, tmp_path):
+    given = ("a star", "--init-image", picture, "--recipe", "original", "--weights", folder, "--steps", 4)
+    for name in ("whole.png", "half.safetensors"):
+        assert command(*given, "--decoder-steps", 2, "-o", tmp_path / name).returncode == 0
+    half = ("--latents", tmp_path / "half.safetensors", "--weights", folder, "--decoder-steps", 2)
+    assert command(*half, "-o", tmp_path / "half.png").returncode == 0
+    assert (tmp_path / "whole.png").read_bytes() == (tmp_path / "half.png").read_bytes()
+    assert Image.open(tmp_path / "half.png").text["decoder_guidance"] == "1.1"
+
+
 def test_the_command_saves_a_preview_of_every_step(folder, tmp_path):
     (tmp_path / "steps").mkdir()
     few = ("--steps", 3, "--decoder-steps", 1, "--images", 2)
