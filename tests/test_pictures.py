@@ -1,6 +1,7 @@
 """Pictures as input, on tiny random weights: opening, looking, encoding, starting, previewing, the command."""
 
 import io
+import zlib
 
 import numpy as np
 import pytest
@@ -86,8 +87,6 @@ def huge(width, height):
     Image.new("L", (1, 1)).save(file, "png")
     data = bytearray(file.getvalue())
     data[16:24] = width.to_bytes(4, "big") + height.to_bytes(4, "big")
-    import zlib
-
     data[29:33] = zlib.crc32(bytes(data[12:29])).to_bytes(4, "big")
     return bytes(data)
 
