@@ -198,8 +198,8 @@ class Cascade:
             raise CascadeError(f"{len(negative)} negatives for {len(prompts)} prompts; wanted is one, or one for each")
         rows = prompts + (negative * len(prompts) if len(negative) == 1 else negative)
         unique = list(dict.fromkeys(rows))
-        ids, mask = text_encoder.Tokenizer(self.folder / "tokenizer")(unique)           # each (unique, L)
         tower = self.network("text_encoder")
+        ids, mask = text_encoder.Tokenizer(self.folder / "tokenizer", tower.config.length)(unique)      # (unique, L)
         if ids.max() >= tower.config.vocabulary:
             raise CascadeError(f"{self.folder / 'tokenizer'}: not the tokenizer of this text encoder, it has a token "
                                f"{ids.max()} and the encoder only {tower.config.vocabulary}")

@@ -53,9 +53,10 @@ def build_tokenizer(vocab, merges):
 
 
 class Tokenizer:
-    """Prompts -> ids and mask, both (B, 77) int64. Reads tokenizer.json or, without one, vocab.json and merges.txt."""
-    def __init__(self, folder):
-        folder = Path(folder)
+    """Prompts -> ids and mask, both (B, L) int64, where L = length is what the text tower takes, officially 77. Reads
+    tokenizer.json or, without one, vocab.json and merges.txt."""
+    def __init__(self, folder, length=LENGTH):
+        folder, self.length = Path(folder), length
         whole, vocab, merges = folder / "tokenizer.json", folder / "vocab.json", folder / "merges.txt"
         if not whole.exists() and not (vocab.exists() and merges.exists()):
             raise CascadeError(f"{folder}: no tokenizer here; wanted is tokenizer.json, or vocab.json and merges.txt")
@@ -71,18 +72,18 @@ class Tokenizer:
             raise CascadeError(f"{folder}: not CLIP's tokenizer, it has no {END}")
 
     def __call__(self, prompts):
-        """Start, the prompt's tokens, end, then as many ends again as fill the 77; the mask is 1 up to the first end.
+        """Start, the prompt's tokens, end, then as many ends again as fill the row; the mask is 1 up to the first end.
         What does not fit is cut, with a warning that says what."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        rows, masks = [], []
+        rows, masks, L = [], [], self.length
         for prompt, encoding in zip(prompts, self.bpe.encode_batch(prompts)):
             ids = encoding.ids                          # start ... end
-            if len(ids) > LENGTH:
-                cut = prompt[encoding.offsets[LENGTH - 1][0]:]
-                warnings.warn(f"a prompt is cut to {LENGTH} tokens, its end is not read: {cut!r}", stacklevel=2)
-                ids = ids[:LENGTH - 1] + [self.end]
-            rows.append(ids + [self.end] * (LENGTH - len(ids)))
-            masks.append([1] * len(ids) + [0] * (LENGTH - len(ids)))
+            if len(ids) > L:
+                cut = prompt[encoding.offsets[L - 1][0]:]
+                warnings.warn(f"a prompt is cut to {L} tokens, its end is not read: {cut!r}", stacklevel=2)
+                ids = ids[:L - 1] + [self.end]
+            rows.append(ids + [self.end] * (L - len(ids)))
+            masks.append([1] * len(ids) + [0] * (L - len(ids)))
         return torch.tensor(rows), torch.tensor(masks)
 
 

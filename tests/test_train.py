@@ -90,19 +90,6 @@ def test_every_stage_but_the_towers_leaves_pictures_of_what_it_learned(trained):
     assert {path.stem for path in work.glob("*.png")} == {"a", "encoder", "b", "previewer"}
 
 
-# ------------------------------------------------------------------------------------------------ what is shown
-
-
-def test_a_twin_is_another_scene_of_the_same_things_and_never_held_out():
-    for scene in train_tiny.scenes(2000, seed=0, two=1.0):
-        twin = train_tiny.twin(scene)
-        assert twin != scene and not shapes.held_out(twin) and twin.ground == scene.ground
-        for part in ("shape", "colour", "x", "y"):
-            assert sorted(getattr(thing, part) for thing in scene.things) == sorted(
-                getattr(thing, part) for thing in twin.things
-            )
-
-
 # ------------------------------------------------------------------------------------------------ what is wired
 
 UNETS = {"b": train_tiny.STAGE_B, "c": train_tiny.STAGE_C}

@@ -3,12 +3,12 @@
     python weights/train_tiny.py all                            # one stage after the other: some four hours of one core
     python weights/train_tiny.py all --quick --out /tmp/quick   # a minute: proves that everything runs, draws nothing
 
-The chapters, in the order of the file (b needs a and encoder, c needs clip and encoder):
+The chapters, in the order of the file (b needs a and encoder, c needs clip):
 
     tokenizer   the merges of a byte-pair vocabulary, from captions
-    clip        the text tower and the image tower, by telling which caption belongs to which picture
     a           Stage A: picture <-> 4x32x32 latent, by reconstruction
     encoder     picture -> 16x3x3 semantic latent, with a plain decoder beside it that is thrown away
+    clip        the text tower and the image tower, by telling which caption belongs to which picture
     b           Stage B: image latent from semantic latent, by predicting noise
     c           Stage C: semantic latent from a caption, by predicting noise
     previewer   semantic latent -> a picture of 24x24, by reconstruction
@@ -54,7 +54,7 @@ STAGE_B = UNetConfig(widths=(64, 128, 192), down=("RT", "RT", "RTA"), up=("RTART
                      text=128, semantic=16)
 STAGE_C = UNetConfig(widths=(192, 192), down=("RTA", "RTA"), up=("RTA", "RTA"), down_repeat=(1, 1), up_repeat=(1, 1),
                      c_cond=128, latent=16, patch=1, extras=("sca", "crp"), text=128, image=128, switch=(False,))
-TEXT = TextConfig(width=128, layers=3, hidden=256, projection=128)      # the vocabulary is what the tokenizer says
+TEXT = TextConfig(length=32, width=128, layers=3, hidden=256, projection=128)       # the tokenizer says its vocabulary
 IMAGE = ImageConfig(side=64, patch=8, width=128, layers=4, hidden=256, projection=128)
 PREVIEWER = PreviewerConfig((128, 96, 48, 32))
 SEMANTIC_SIDE = 96          # the encoder sees pictures at 3/4 of their size, as in the official cascade
@@ -82,7 +82,7 @@ def cache(options, name, batches, compute):
     """What a frozen network says of many pictures, computed once and kept in --work: (count, ...), fp16."""
     path, clock = options.work / f"cache_{name}.safetensors", time.time()
     if not path.exists():
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        with torch.inference_mode():
             parts = [compute(pictures(batch)).half() for batch in batches]
         write({"latents": torch.cat(parts)}, path)
         print(f"{name}: {len(parts)} batches of latents cached in {time.time() - clock:.0f} s", flush=True)
@@ -99,8 +99,8 @@ def muon(network, lr):
     """Matrices learn from orthogonalised gradients (Jordan et al., Muon, 2024), more from every step; the rest, and
     what maps conditions, from AdamW's. Nothing decays: what is wired must stay."""
     learning = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
-    matrices = [p for name, p in learning if p.dim() == 2 and "mapper" not in name]
-    others = [p for name, p in learning if p.dim() != 2 or "mapper" in name]
+    matrices = [p for name, p in learning if p.dim() == 2 and "mapper" not in name and "embedding" not in name]
+    others = [p for name, p in learning if p.dim() != 2 or "mapper" in name or "embedding" in name]
     return [torch.optim.Muon(matrices, lr, weight_decay=0, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=0)]
 
@@ -183,45 +183,6 @@ def train_tokenizer(options):
     print(f"tokenizer: {len(words)} tokens, {len(merges)} merges")
 
 
-# ------------------------------------------------------------------------------------------------ the two CLIP towers
-
-def twin(scene):
-    """A scene that differs in nothing but who is where or, if training may show it, who has which colour."""
-    a, b = scene.things
-    swapped = shapes.Scene((replace(a, x=b.x, y=b.y), replace(b, x=a.x, y=a.y)), scene.ground)
-    recoloured = shapes.Scene((replace(a, colour=b.colour), replace(b, colour=a.colour)), scene.ground)
-    return recoloured if a.x > b.x and a.colour != b.colour and not shapes.held_out(recoloured) else swapped
-
-
-def train_clip(options):
-    """Of 128 pictures and 128 captions, which belong together? Every scene of two things comes with its twin, so that
-    the towers must learn relations and whose colour is whose, not only what is there."""
-    tokenizer = Tokenizer(options.out / "tokenizer")
-    text = TextEncoder(replace(TEXT, vocabulary=tokenizer.bpe.get_vocab_size(), end=tokenizer.end))
-    nn.init.normal_(text.text_model.embeddings.token_embedding.weight, std=0.2)
-    nn.init.normal_(text.text_model.embeddings.position_embedding.weight, std=0.1)
-    image = ImageEncoder(IMAGE)
-    nn.init.normal_(image.vision_model.embeddings.position_embedding.weight, std=0.1)
-    network = nn.ModuleDict({"text": text, "image": image})
-    network.scale = nn.Parameter(torch.tensor(2.7))                                     # of the logits, as a logarithm
-
-    def loss_of(step):
-        rng, batch = np.random.default_rng([6, step]), scenes(64, [6, step], two=0.7)
-        batch += [twin(scene) if len(scene.things) == 2 else shapes.sample_scene(rng, 0) for scene in batch]
-        ids, mask = tokenizer([shapes.caption(scene, rng) for scene in batch])
-        longest = int(mask.sum(1).max())                                                # nobody reads what follows
-        with torch.autocast("cpu", torch.bfloat16):
-            said = network.text(ids[:, :longest], mask[:, :longest])[1].squeeze(1)      # (128, 128)
-            seen = network.image(shrink(pictures(batch), IMAGE.side))                   # (128, 128)
-        logits = network.scale.exp() * F.normalize(seen.float()) @ F.normalize(said.float()).T
-        pairs = torch.arange(len(batch))
-        return {"caption": F.cross_entropy(logits, pairs), "picture": F.cross_entropy(logits.T, pairs)}
-
-    network = train("clip", network, loss_of, options.steps or 4000, 1e-3, options.work)
-    publish(network.text, options.out / "text_encoder" / "model.safetensors")
-    publish(network.image, options.out / "image_encoder" / "model.safetensors")
-
-
 # ------------------------------------------------------------------------------------------------ Stage A
 
 def train_a(options):
@@ -264,8 +225,7 @@ def train_encoder(options):
                          ground="black") for scene in batch]
         image, names = pictures(batch), pictures(names)
         latent = network.encoder(shrink(image, SEMANTIC_SIDE).contiguous(memory_format=torch.channels_last))
-        with torch.autocast("cpu", torch.bfloat16):
-            seen = network.decoder(latent + NOISE * torch.randn_like(latent)).float()
+        seen = network.decoder(latent + NOISE * torch.randn_like(latent))
         image, names = shrink(image, 48), shrink(names, 48)
         weight = 1 + 4 * (names.amax(1, keepdim=True) > 0.2)            # things are few pixels, and what matters
         return {"picture": (weight * (seen[:, :3] - image) ** 2).mean(),
@@ -276,6 +236,48 @@ def train_encoder(options):
 
     network = train("encoder", network, loss_of, options.steps or 3000, 2e-3, options.work, show=show)
     publish(network.encoder, options.out / "effnet_encoder.safetensors")
+
+
+# ------------------------------------------------------------------------------------------------ the two CLIP towers
+
+def described(options):
+    """Scenes that will be told in captions, and their semantic latents (122880, 16, 3, 3)."""
+    encoder = load(options.out / "effnet_encoder.safetensors", dtype=torch.float32)
+    batches = [scenes(64, [4, i], two=0.6) for i in range(options.count // 64 if options.count else 1920)]
+    return sum(batches, []), cache(options, "semantics", batches, lambda image: encoder(shrink(image, SEMANTIC_SIDE)))
+
+
+def train_clip(options):
+    """Of 128 captions and 128 pictures, which belong together? Asked that alone, towers so small that see so little
+    learn the colours and not much more. So they must also tell the semantic latent, each from its one vector and both
+    through the same plain decoder, which is thrown away: that asks for shapes, sizes and who stands where."""
+    tokenizer = Tokenizer(options.out / "tokenizer", TEXT.length)
+    text = TextEncoder(replace(TEXT, vocabulary=tokenizer.bpe.get_vocab_size(), end=tokenizer.end))
+    nn.init.normal_(text.text_model.embeddings.token_embedding.weight, std=0.2)
+    nn.init.normal_(text.text_model.embeddings.position_embedding.weight, std=0.1)
+    image = ImageEncoder(IMAGE)
+    nn.init.normal_(image.vision_model.embeddings.position_embedding.weight, std=0.1)
+    decoder = nn.Sequential(nn.Linear(TEXT.projection, 512), nn.GELU(), nn.Linear(512, 144))
+    network = nn.ModuleDict({"text": text, "image": image, "decoder": decoder})
+    network.scale = nn.Parameter(torch.tensor(2.7))                                     # of the logits, as a logarithm
+    all_scenes, semantics = described(options)
+
+    def loss_of(step):
+        rng = np.random.default_rng([6, step])
+        rows = rng.integers(len(all_scenes), size=128)
+        batch, latents = [all_scenes[i] for i in rows], semantics[rows].float().flatten(1)      # (128, 144)
+        ids, mask = tokenizer([shapes.caption(scene, rng) for scene in batch])
+        longest = int(mask.sum(1).max())                                                # nobody reads what follows
+        said = network.text(ids[:, :longest], mask[:, :longest])[1].squeeze(1)          # (128, 128)
+        seen = network.image(shrink(pictures(batch), IMAGE.side))                       # (128, 128)
+        logits, pairs = network.scale.exp() * F.normalize(seen) @ F.normalize(said).T, torch.arange(128)
+        return {"caption": F.cross_entropy(logits, pairs), "picture": F.cross_entropy(logits.T, pairs),
+                "said": 5 * F.mse_loss(network.decoder(said), latents),
+                "seen": 5 * F.mse_loss(network.decoder(seen), latents)}
+
+    network = train("clip", network, loss_of, options.steps or 3600, 2e-3, options.work, muon)
+    publish(network.text, options.out / "text_encoder" / "model.safetensors")
+    publish(network.image, options.out / "image_encoder" / "model.safetensors")
 
 
 # ------------------------------------------------------------------------------------------------ both UNets
@@ -336,24 +338,22 @@ def train_b(options):
 def train_c(options):
     """From a caption to the semantic latent, the towers frozen. A tenth of the captions are empty, for guidance, and a
     tenth of the rows see the picture's own embedding, as in the original; half of these have no caption beside it."""
-    encoder = load(options.out / "effnet_encoder.safetensors", dtype=torch.float32)
     text, image = (load_tower(options.out / tower, dtype=torch.float32) for tower in ("text_encoder", "image_encoder"))
-    tokenizer = Tokenizer(options.out / "tokenizer")
-    batches = [scenes(64, [4, i], two=0.6) for i in range(options.count // 64 if options.count else 1920)]
-    semantics = cache(options, "c_semantics", batches, lambda picture: encoder(shrink(picture, SEMANTIC_SIDE)))
-    images = cache(options, "c_images", batches, lambda picture: image(shrink(picture, IMAGE.side)))
-    all_scenes = sum(batches, [])                                                       # 122880
+    tokenizer = Tokenizer(options.out / "tokenizer", TEXT.length)
+    all_scenes, semantics = described(options)
+    batches = [all_scenes[i:i + 64] for i in range(0, len(all_scenes), 64)]
+    images = cache(options, "images", batches, lambda picture: image(shrink(picture, IMAGE.side)))
     unet = wire(UNet(STAGE_C))
 
     def loss_of(step):
         rng = np.random.default_rng([5, step])
-        rows, shown = rng.integers(len(all_scenes), size=64), rng.random(64) < 0.1
-        silent = rng.random(64) < np.where(shown, 0.5, 0.1)
+        rows, shown = rng.integers(len(all_scenes), size=128), rng.random(128) < 0.1
+        silent = rng.random(128) < np.where(shown, 0.5, 0.1)
         captions = ["" if hush else shapes.caption(all_scenes[i], rng) for i, hush in zip(rows, silent)]
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            hidden, pooled = text(*tokenizer(captions))                                 # (64, 77, 128), (64, 1, 128)
-        picture = images[rows].float() * torch.from_numpy(shown)[:, None]               # (64, 128)
-        return noise_loss(unet, semantics[rows].float(), clip_text_pooled=pooled.float(), clip_text=hidden.float(),
+        with torch.no_grad():
+            hidden, pooled = text(*tokenizer(captions))                                 # (128, 32, 128), (128, 1, 128)
+        picture = images[rows].float() * torch.from_numpy(shown)[:, None]               # (128, 128)
+        return noise_loss(unet, semantics[rows].float(), clip_text_pooled=pooled, clip_text=hidden,
                           clip_img=picture)
 
     unet = train("c", unet, loss_of, options.steps or 8500, 2e-3, options.work, muon)
@@ -381,7 +381,7 @@ def train_previewer(options):
     publish(network, options.out / "previewer.safetensors")
 
 
-STAGES = {name: globals()[f"train_{name}"] for name in ("tokenizer", "clip", "a", "encoder", "b", "c", "previewer")}
+STAGES = {name: globals()[f"train_{name}"] for name in ("tokenizer", "a", "encoder", "clip", "b", "c", "previewer")}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
