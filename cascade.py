@@ -18,6 +18,7 @@ loaded just before its turn and released after it.
 # y x the image latent's, L text tokens, D text width.
 import argparse
 import io
+import itertools
 import json
 import math
 import numbers
@@ -48,28 +49,25 @@ OUTPUTS = ("pil", "np", "pt", "latent")
 TINY = Path(__file__).resolve().parent / "weights" / "tiny"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# Where a network's file may lie in a weights folder: the original single file or the diffusers folder.
-PLACES = {"stage_c": ("stage_c", "prior/diffusion_pytorch_model"),
-          "stage_c_lite": ("stage_c_lite", "prior_lite/diffusion_pytorch_model"),
-          "stage_b": ("stage_b", "decoder/diffusion_pytorch_model"),
-          "stage_b_lite": ("stage_b_lite", "decoder_lite/diffusion_pytorch_model"),
-          "stage_a": ("stage_a", "vqgan/diffusion_pytorch_model"),
-          "text_encoder": ("text_encoder/model",), "image_encoder": ("image_encoder/model",),
-          "effnet_encoder": ("effnet_encoder",), "previewer": ("previewer",)}
+# The folders of the diffusers layout.
+FOLDERS = {"stage_c": "prior", "stage_c_lite": "prior_lite", "stage_b": "decoder", "stage_b_lite": "decoder_lite",
+           "stage_a": "vqgan"}
+LITE = {False: (), True: ("stage_c", "stage_b"), "prior": ("stage_c",), "decoder": ("stage_b",)}
 # The options that a picture says it was made with.
-SAID = ("negative", "seed", "steps", "guidance", "recipe", "guidance_interval", "variation_image", "init_image",
-        "strength", "reconstruct")
+SAID = ("prompts", "negative", "width", "height", "seed", "steps", "guidance", "recipe", "guidance_interval",
+        "variation_image", "init_image", "strength", "reconstruct")
 DRAWING = ("text_encoder", "stage_c", "stage_b", "stage_a")     # what every prompt needs
 
 
 def find(folder, name):
-    """The file of a network: the plain one or, where there is none, the bf16 one."""
-    for place in PLACES[name]:
-        for ending in ("", ".bf16", "_bf16"):
-            path = Path(folder) / f"{place}{ending}.safetensors"
-            if path.exists():
-                return path
-    wanted = " or ".join(f"{place}.safetensors" for place in PLACES[name])
+    """The file of a network: the original single file or the diffusers folder's, the plain one before the bf16 one."""
+    places = [f"{name}/model"] if name in text_encoder.TOWERS else [name]
+    places += [f"{FOLDERS[name]}/diffusion_pytorch_model"] if name in FOLDERS else []
+    for place, ending in itertools.product(places, ("", ".bf16", "_bf16")):
+        path = Path(folder) / f"{place}{ending}.safetensors"
+        if path.exists():
+            return path
+    wanted = " or ".join(f"{place}.safetensors" for place in places)
     raise CascadeError(f"{folder}: {name} is missing (wanted is {wanted}, or the same with .bf16 or _bf16); "
                        "README, 'The official weights', says how to get it")
 
@@ -85,7 +83,7 @@ def check(**values):
 
 def check_choice(name, value, choices):
     if value not in choices:
-        raise CascadeError(f"{name} is {value!r}; wanted is one of {', '.join(choices)}")
+        raise CascadeError(f"{name} is {value!r}; wanted is one of {', '.join(map(str, choices))}")
 
 
 def strings(name, value):
@@ -108,8 +106,6 @@ def open_picture(picture):
             opened = opened.convert("RGBA")
             opened = Image.alpha_composite(Image.new("RGBA", opened.size, "white"), opened)
         return opened.convert("RGB")
-    except FileNotFoundError:
-        raise CascadeError(f"{picture}: there is no such file") from None
     except (OSError, ValueError, TypeError, AttributeError, SyntaxError, Image.DecompressionBombError) as error:
         raise CascadeError(f"{picture}: not a picture that can be used ({error}); wanted is a PNG, a JPEG or alike, "
                            "of less than 178 million pixels") from None
@@ -126,11 +122,6 @@ class Text:
     hidden: torch.Tensor                                # (2P, L, D)
     pooled: torch.Tensor                                # (2P, 1, D)
 
-    def rows(self, tensor, images, guided):
-        """The rows of `hidden` or `pooled`, each `images` times in a row: all of them (2N) or the prompts' (N)."""
-        tensor = tensor.repeat_interleave(images, dim=0)
-        return tensor if guided else tensor[:len(tensor) // 2]
-
 
 class Cascade:
     """The three stages and the text tower of one weights folder.
@@ -144,8 +135,7 @@ class Cascade:
                  progress=False):
         if not Path(folder).is_dir():
             raise CascadeError(f"{folder}: there is no such weights folder")
-        if lite not in (False, True, "prior", "decoder"):
-            raise CascadeError(f"lite is {lite!r}; wanted is True, False, 'prior' or 'decoder'")
+        check_choice("lite", lite, LITE)
         try:
             torch.zeros(1, device=device).item()
         except (RuntimeError, AssertionError, TypeError) as error:
@@ -154,29 +144,22 @@ class Cascade:
         if not set(dtypes) <= set(DTYPES.values()):
             raise CascadeError(f"dtype {dtype!r} or decoder_dtype {decoder_dtype!r} is none of {', '.join(DTYPES)}")
         self.folder, self.device, self.keep, self.progress = Path(folder), torch.device(device), keep, progress
-        has_bf16 = self.device.type != "cuda" or torch.cuda.get_device_capability(self.device) >= (8, 0)
-        if torch.bfloat16 in dtypes and not has_bf16:
+        if torch.bfloat16 in dtypes and self.device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8:
             raise CascadeError(f"device {device!r} has no bf16; use fp16 or fp32")
-        lite_c, lite_b = ("_lite" if lite in (True, half) else "" for half in ("prior", "decoder"))
-        # network -> (its name in PLACES, its type)
-        self.stages = {"text_encoder": ("text_encoder", dtypes[0]), "stage_c": (f"stage_c{lite_c}", dtypes[0]),
-                       "stage_b": (f"stage_b{lite_b}", dtypes[1]), "stage_a": ("stage_a", dtypes[1]),
-                       **{name: (name, dtypes[0]) for name in ("image_encoder", "effnet_encoder", "previewer")}}
-        self.kept = {}
+        self.dtypes = {name: dtypes[name in ("stage_b", "stage_a")] for name in (*model.NETWORKS, *text_encoder.TOWERS)}
+        self.lite, self.kept = LITE[lite], {}
 
     def file(self, name):
-        return find(self.folder, self.stages[name][0])
+        return find(self.folder, f"{name}_lite" if name in self.lite else name)
 
     def used(self, *names):
         """What a picture says of the networks: file, device and type of each."""
-        return {name: f"{os.path.relpath(self.file(name))}, {self.device}, {self.stages[name][1]}" for name in names}
+        return {name: f"{os.path.relpath(self.file(name))}, {self.device}, {self.dtypes[name]}" for name in names}
 
     def network(self, name):
         """One of text_encoder, stage_c, stage_b, stage_a, image_encoder, effnet_encoder, previewer, ready to run."""
-        if name in self.kept:
-            return self.kept[name]
         load = text_encoder.load if name in text_encoder.TOWERS else model.load
-        network = load(self.file(name), self.device, self.stages[name][1], expect=name)
+        network = self.kept.get(name) or load(self.file(name), self.device, self.dtypes[name], expect=name)
         if self.keep:
             self.kept[name] = network
         return network
@@ -213,7 +196,7 @@ class Cascade:
         pictures = [open_picture(picture) for picture in pictures]
         tower = self.network("image_encoder")
         pixels = torch.stack([text_encoder.fit(picture, tower.config.side) for picture in pictures])    # (n, 3, S, S)
-        return tower(pixels.to(self.device, self.stages["image_encoder"][1]))
+        return tower(pixels.to(self.device, self.dtypes["image_encoder"]))
 
     @torch.inference_mode()
     def encode(self, picture, width=None, height=None):
@@ -223,7 +206,7 @@ class Cascade:
         pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 255       # (1, 3, H, W)
         h, w = math.ceil(height / COMPRESSION), math.ceil(width / COMPRESSION)
         pixels = F.interpolate(pixels, (32 * h, 32 * w), mode="bilinear", antialias=True)
-        return self.network("effnet_encoder")(pixels.to(self.device, self.stages["effnet_encoder"][1])).float()
+        return self.network("effnet_encoder")(pixels.to(self.device, self.dtypes["effnet_encoder"])).float()
 
     def _sample(self, name, shape, condition, steps, guidance, sources, recipe, watch=None, **start):
         """Runs a stage to its last latent, and stops at one that is not finite."""
@@ -232,7 +215,7 @@ class Cascade:
         for i, (x, x0) in enumerate(tqdm(latents, label, steps, disable=not self.progress), 1):
             if not x.isfinite().all():
                 raise CascadeError(f"{label}: the latent is not finite after step {i} of {steps}; the weights may be "
-                                   f"broken, or too large for {self.stages[name][1]}: try bf16 or fp32")
+                                   f"broken, or too large for {self.dtypes[name]}: try bf16 or fp32")
             if watch:
                 watch(i, x0)
         return x0 if recipe.ends_clean else x                                           # (N, *shape), fp32
@@ -256,16 +239,16 @@ class Cascade:
         if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
             raise CascadeError(f"interval is {interval}; wanted are two times, from 0 to 1, the lower first")
         text = prompts if isinstance(prompts, Text) else self.read(prompts, negative)
-        count, guided = images * len(text.pooled) // 2, guidance > 1
-        condition = {"clip_text": text.rows(text.hidden, images, guided),
-                     "clip_text_pooled": text.rows(text.pooled, images, guided)}
+        count = images * len(text.pooled) // 2
+        condition = {"clip_text": text.hidden.repeat_interleave(images, dim=0),         # (2N, L, D)
+                     "clip_text_pooled": text.pooled.repeat_interleave(images, dim=0)}
         if variation_images is not None:
             seen = variation_images if torch.is_tensor(variation_images) else self.look(variation_images)
             wanted = Weights(self.file("stage_c"))["clip_img_mapper.weight"][1]
             if seen.dim() != 2 or seen.shape[1] != wanted:
                 raise CascadeError(f"variation_images are {tuple(seen.shape)}; wanted is (n, {wanted})")
             rows = seen.expand(count, *seen.shape)                                      # (N, n, 768)
-            condition["clip_img"] = torch.cat([rows, torch.zeros_like(rows)]) if guided else rows
+            condition["clip_img"] = torch.cat([rows, torch.zeros_like(rows)])
         shape = (16, math.ceil(height / COMPRESSION), math.ceil(width / COMPRESSION))
         start = {}
         if init_image is not None:
@@ -308,26 +291,22 @@ class Cascade:
         sources = generators(seed, len(latents))
         for _ in range(prior_steps + 1):                # what the prior drew: its start and once per step
             draw(sources, latents.shape[1:], "cpu")
-        unwanted = [torch.zeros_like(latents)] if guidance > 1 else []
-        condition = {"clip_text_pooled": text.rows(text.pooled, images, guidance > 1),
-                     "effnet": torch.cat([latents, *unwanted])}                         # (N or 2N, 16, h, w)
+        condition = {"clip_text_pooled": text.pooled.repeat_interleave(images, dim=0),  # (2N, 1, D)
+                     "effnet": torch.cat([latents, torch.zeros_like(latents)])}         # (2N, 16, h, w)
         shape = (4, 2 * math.ceil(height / 8), 2 * math.ceil(width / 8))                # even, for Stage B's patches
         recipe = replace(RECIPES[recipe], shift=RECIPES[recipe].shift and 1.0)
         z = self._sample("stage_b", shape, condition, steps, guidance, sources, recipe)  # (N, 4, y, x)
         if output == "latent":
             return z
-        stage_a, dtype = self.network("stage_a"), self.stages["stage_a"][1]
-        pictures = torch.cat([stage_a.decode(one[None].to(dtype)).float() for one in z])
-        pictures = pictures[:, :, :height, :width]                                      # (N, 3, H, W)
-        if not pictures.isfinite().all():
+        stage_a, dtype = self.network("stage_a"), self.dtypes["stage_a"]
+        pixels = torch.cat([stage_a.decode(one[None].to(dtype)).float() for one in z])[:, :, :height, :width]
+        if not pixels.isfinite().all():
             raise CascadeError(f"Stage A: the picture is not finite in {dtype}; try bf16 or fp32")
-        pictures = pictures.clamp(0, 1)
+        pixels = pixels.clamp(0, 1)                                                     # (N, 3, H, W)
         if output == "pt":
-            return pictures
-        pictures = pictures.permute(0, 2, 3, 1).cpu().numpy()                           # (N, H, W, 3)
-        if output == "np":
-            return pictures
-        return [to_pillow(picture) for picture in pictures]
+            return pixels
+        pixels = pixels.permute(0, 2, 3, 1).cpu().numpy()                               # (N, H, W, 3)
+        return pixels if output == "np" else [to_pillow(picture) for picture in pixels]
 
     def __call__(self, prompts="", negative="", width=None, height=None, steps=20, guidance=4.0, decoder_steps=10,
                  decoder_guidance=None, images=1, seed=0, output="pil", recipe="diffusers", **prior):
@@ -357,8 +336,7 @@ def parse(arguments):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("prompts", nargs="*", metavar="PROMPT", help="what to draw; several draw several pictures")
-    add("-o", "--output", default="picture.png", type=Path, metavar="FILE",
-        help="a .png, numbered where there are several; or a .safetensors, for the semantic latents alone")
+    add("-o", "--output", default="picture.png", type=Path, metavar="FILE", help=".png, or .safetensors for latents")
     add("--latents", metavar="FILE", help="draw these semantic latents, saved before, instead of a prompt")
     add("--variation-image", nargs="+", metavar="FILE", help="pictures to take after, with or without a prompt")
     add("--init-image", metavar="FILE", help="a picture to start from")
@@ -378,8 +356,7 @@ def parse(arguments):
     add("--guidance-interval", type=float, nargs=2, default=[0.0, 1.0], metavar=("LOW", "HIGH"),
         help="the times, 1 noise and 0 none, at which there is guidance (default: all)")
     add("--weights", type=Path, default=TINY, metavar="FOLDER", help="(default: the small cascade, weights/tiny)")
-    add("--lite", nargs="?", const=True, default=False, choices=["prior", "decoder"],
-        help="the lite Stage C and B; or one of them alone: --lite prior, --lite decoder")
+    add("--lite", nargs="?", const=True, default=False, choices=["prior", "decoder"], help="the lite C and B, or one")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
     add("--dtype", default="fp32", choices=DTYPES, help="of the weights (default: %(default)s)")
     add("--decoder-dtype", choices=DTYPES, help="of Stage B and A (default: as --dtype)")
@@ -408,7 +385,7 @@ def png(picture, used):
 
 def previews(cascade, folder):
     """What is called after every step of Stage C, to save its latents as small pictures side by side."""
-    previewer, dtype = cascade.network("previewer"), cascade.stages["previewer"][1]
+    previewer, dtype = cascade.network("previewer"), cascade.dtypes["previewer"]
 
     def watch(step, x0):
         row = torch.cat(list(previewer(x0.to(dtype)).float()), dim=2)                   # (3, 8h, N * 8w)
@@ -418,63 +395,59 @@ def previews(cascade, folder):
 
 
 def run(options):
-    output = options.output
-    if output.suffix not in (".png", ".safetensors"):
-        raise CascadeError(f"{output}: wanted is a name that ends in .png or .safetensors")
+    output, endings = options.output, (".png",) if options.latents else (".png", ".safetensors")
+    if output.suffix not in endings:
+        raise CascadeError(f"{output}: wanted is a name that ends in {' or '.join(endings)}")
     for path, folder in ((output, output.absolute().parent), (options.previews, options.previews)):
         if path and (output.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK)):
             raise CascadeError(f"{path}: cannot be written; is its folder there, and yours?")
-    prompted = bool(options.prompts or options.variation_image or options.init_image)
-    if prompted + bool(options.latents) + bool(options.reconstruct) != 1:
-        raise CascadeError("wanted is a prompt or a picture to start from, or --latents FILE, or --reconstruct FILE, "
-                           "and only one of these")
+    ways = options.prompts or options.variation_image or options.init_image, options.latents, options.reconstruct
+    if sum(map(bool, ways)) != 1:
+        raise CascadeError("wanted is one of: a prompt or a picture to draw after; --latents FILE; --reconstruct FILE")
     cascade = Cascade(options.weights, options.device, options.dtype, options.lite, options.decoder_dtype,
                       progress=True)
 
+    def said(names):
+        return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+
     if options.latents:
-        if output.suffix != ".png":
-            raise CascadeError(f"{output}: latents are drawn into a .png")
         saved = Weights(options.latents)
         latents = saved.tensor("latents")
         try:
             used = json.loads(saved.metadata["cascade"])
-            prompts, seed, width, height = (used[key] for key in ("prompts", "seed", "width", "height"))
-            steps, recipe = used["steps"], used["recipe"]
+            text = cascade.read(used["prompts"], used["negative"])
         except (KeyError, ValueError):
             raise CascadeError(f"{options.latents}: not saved by this command: it names no prompts") from None
-        text = cascade.read(prompts, used["negative"])
     else:
         check(steps=options.decoder_steps, guidance=options.decoder_guidance or 0.0)    # now, not after the prior
         for name in ["text_encoder", "stage_c"] if output.suffix == ".safetensors" else DRAWING:
             cascade.file(name)
-        prompts, seed, steps, recipe = options.prompts or [""], options.seed, options.steps, options.recipe
-        width, height = cascade.size(options.width, options.height)
-        text = cascade.read(prompts, options.negative)
+        options.width, options.height = size = cascade.size(options.width, options.height)
+        options.prompts = options.prompts or [""]
+        options.strength = options.strength if options.init_image else 1.0
+        text = cascade.read(options.prompts, options.negative)
         if options.reconstruct:
-            latents = cascade.encode(options.reconstruct, width, height)
+            latents = cascade.encode(options.reconstruct, *size)
         else:
             latents = cascade.prior(
-                text, "", width, height, steps, options.guidance, options.images, seed,
-                options.variation_image, options.init_image, options.strength, recipe,
-                options.guidance_interval, previews(cascade, options.previews) if options.previews else None)
-        options.strength = options.strength if options.init_image else None
-        used = {name: value for name, value in vars(options).items() if name in SAID and value is not None}
-        used |= {"prompts": prompts, "width": width, "height": height,
-                 **cascade.used("text_encoder", "effnet_encoder" if options.reconstruct else "stage_c")}
+                text, "", *size, options.steps, options.guidance, options.images, options.seed, options.variation_image,
+                options.init_image, options.strength, options.recipe, options.guidance_interval,
+                previews(cascade, options.previews) if options.previews else None)
+        used = said(SAID) | cascade.used("text_encoder", "effnet_encoder" if options.reconstruct else "stage_c")
         if output.suffix == ".safetensors":
             return write(save({"latents": latents.cpu()}, {"cascade": json.dumps(used)}), output)
 
-    guidance = RECIPES[recipe].decoder_guidance if options.decoder_guidance is None else options.decoder_guidance
-    pictures = cascade.decode(latents, text, "", width, height, options.decoder_steps, guidance, seed,
-                              int(steps * used.get("strength", 1)), "np", recipe)
+    prompts, seed, size = used.pop("prompts"), used["seed"], (used["width"], used["height"])
+    if options.decoder_guidance is None:
+        options.decoder_guidance = RECIPES[used["recipe"]].decoder_guidance
+    pictures = cascade.decode(latents, text, "", *size, options.decoder_steps, options.decoder_guidance, seed,
+                              int(used["steps"] * used["strength"]), "np", used["recipe"])
     if options.reconstruct:
-        true = ImageOps.fit(open_picture(options.reconstruct), (width, height), Image.Resampling.BICUBIC)
+        true = ImageOps.fit(open_picture(options.reconstruct), size, Image.Resampling.BICUBIC)
         error = ((pictures[0] - np.asarray(true) / 255) ** 2).mean()
         print(f"{pictures[0].size} numbers to {latents.numel()}, {pictures[0].size / latents.numel():.0f} times fewer, "
               f"and back: PSNR {-10 * math.log10(error):.1f} dB")
-    used |= {"decoder_steps": options.decoder_steps, "decoder_guidance": guidance,
-             **cascade.used("stage_b", "stage_a")}
-    del used["prompts"]
+    used |= said(("decoder_steps", "decoder_guidance")) | cascade.used("stage_b", "stage_a")
     for i, picture in enumerate(pictures):
         path = output if len(pictures) == 1 else output.with_stem(f"{output.stem}-{i}")
         prompt = prompts[i * len(prompts) // len(pictures)]
@@ -488,14 +461,13 @@ def main(arguments=None):
     warnings.showwarning = lambda message, *_: print(f"cascade.py: {message}", file=sys.stderr)
     try:
         run(parse(arguments))
+        return 0
     except CascadeError as error:
         print(f"cascade.py: {error}", file=sys.stderr)
     except (RuntimeError, MemoryError) as error:
         if "memory" not in str(error):
             raise
         print("cascade.py: out of memory; try --lite, --dtype bf16, fewer --images or a smaller size", file=sys.stderr)
-    else:
-        return 0
     return 2
 
 

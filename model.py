@@ -20,6 +20,7 @@ import json
 import math
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ HEAD_WIDTH = 64             # of every attention head; also the width of a times
 CLIP_TOKENS = 4             # condition tokens made from one pooled text or image embedding
 
 
-class CascadeError(ValueError):
+class CascadeError(Exception):
     """What a user can cause and mend. The message is one line: what, where, what to do."""
 
 
@@ -60,9 +61,7 @@ class PixelShuffle(nn.PixelShuffle):                    # the way out: (B, y, x,
         return super().forward(x.permute(0, 3, 1, 2))
 
 
-class LayerNorm(nn.LayerNorm):                          # over channels, without learned scale or shift
-    def __init__(self, c):
-        super().__init__(c, eps=1e-6, elementwise_affine=False)
+LayerNorm = partial(nn.LayerNorm, eps=1e-6, elementwise_affine=False)      # over channels; nothing in it is learned
 
 
 def resize(x, size):
@@ -499,33 +498,27 @@ class Weights(dict):
         type nor device changes (then they stay in the file, mapped into memory)."""
         wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
         for name in {**wanted, **self}:
-            if name not in wanted:
-                raise CascadeError(f"{self.path}: tensor {name} is unexpected in this network")
-            if self[name] != wanted[name]:
-                raise CascadeError(f"{self.path}: tensor {name} has shape {self[name]}, wanted is {wanted[name]}")
-        state = {}
-        for name in self:
-            tensor = self.tensor(name)
-            state[name] = tensor.to(device, dtype if tensor.is_floating_point() else None)
-        network.load_state_dict(state, assign=True)
+            if self[name] != wanted.get(name):
+                raise CascadeError(f"{self.path}: tensor {name} has shape {self[name]}, wanted is "
+                                   f"{wanted.get(name, 'no tensor of this name')}")
+        network.load_state_dict({name: self.tensor(name, device, dtype) for name in self}, assign=True)
         return network.requires_grad_(False).eval()
 
-    def tensor(self, name):
+    def tensor(self, name, device="cpu", dtype=None):
         self[name]                                      # says so where it is missing
         parts = [self.file.get_tensor(part) for part in self.sources[name]]
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+        tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return tensor.to(device, dtype if tensor.is_floating_point() else None)
 
-    def count(self, pattern, start=0):
-        """How many of pattern.format(start), pattern.format(start + 1), ... there are, without a gap."""
-        return next(i for i in itertools.count() if pattern.format(start + i) not in self)
+    def each(self, pattern, start=0, step=1):
+        """The shapes of pattern.format(start), pattern.format(start + step), ... up to the first that is not there."""
+        names = map(pattern.format, itertools.count(start, step))
+        return [self[name] for name in itertools.takewhile(self.__contains__, names)]
 
     def config(self):
         """What the config.json beside the file says; diffusers and transformers folders have one."""
         path = Path(self.path).parent / "config.json"
-        try:
-            return dict(json.loads(path.read_text())) if path.exists() else {}
-        except (ValueError, TypeError) as error:
-            raise CascadeError(f"{path}: not valid JSON ({error})") from None
+        return json.loads(path.read_text("utf-8")) if path.exists() else {}
 
 
 def unet_config(shapes):
@@ -539,14 +532,15 @@ def unet_config(shapes):
             found += kind
         return found
 
-    levels = range(shapes.count("down_blocks.{}.0.depthwise.weight"))
+    widths = tuple(shape[0] for shape in shapes.each("down_blocks.{}.0.depthwise.weight"))
+    levels = range(len(widths))
     patch = 2 if semantic else 1                # cannot be read off the tensors
     return UNetConfig(
-        widths=tuple(shapes[f"down_blocks.{i}.0.depthwise.weight"][0] for i in levels),
+        widths=widths,
         down=tuple(kinds(f"down_blocks.{i}") for i in levels),
         up=tuple(kinds(f"up_blocks.{i}") for i in levels),
-        down_repeat=tuple(1 + shapes.count(f"down_repeat_mappers.{i}.{{}}.weight") for i in levels),
-        up_repeat=tuple(1 + shapes.count(f"up_repeat_mappers.{i}.{{}}.weight") for i in levels),
+        down_repeat=tuple(1 + len(shapes.each(f"down_repeat_mappers.{i}.{{}}.weight")) for i in levels),
+        up_repeat=tuple(1 + len(shapes.each(f"up_repeat_mappers.{i}.{{}}.weight")) for i in levels),
         c_cond=pooled[0] // CLIP_TOKENS, text=pooled[1],
         patch=patch, latent=shapes["embedding.1.weight"][1] // patch ** 2,
         extras=tuple(name for name in ("sca", "crp") if any(f".mapper_{name}." in tensor for tensor in shapes)),
@@ -556,12 +550,10 @@ def unet_config(shapes):
 
 
 def stage_a_config(shapes):
-    widths = [shapes["in_block.1.weight"][0]]
-    while (name := f"down_blocks.{2 * len(widths) - 1}.weight") in shapes:
-        widths.append(shapes[name][0])
+    widths = tuple(shape[0] for shape in (shapes["in_block.1.weight"], *shapes.each("down_blocks.{}.weight", 1, 2)))
     codes, latent = shapes["vquantizer.codebook.weight"]
     scale_factor = shapes.config().get("scale_factor", StageAConfig.scale_factor)
-    return StageAConfig(tuple(widths), latent, shapes.count("up_blocks.{}.gammas", start=1), codes, scale_factor)
+    return StageAConfig(widths, latent, len(shapes.each("up_blocks.{}.gammas", start=1)), codes, scale_factor)
 
 
 def semantic_encoder_config(shapes):
@@ -570,18 +562,16 @@ def semantic_encoder_config(shapes):
     for i in range(1, 1 + len(STRIDES)):
         block = f"backbone.{i}.0.block"
         hidden, _, kernel, _ = shapes[f"{block}.0.0.weight"]
-        last = next(f"{block}.{j}.0.weight" for j in (3, 1, 0) if f"{block}.{j}.0.weight" in shapes)
-        stages.append((kernel == 3, hidden // c, shapes[last][0], shapes.count(f"backbone.{i}.{{}}.block.0.0.weight")))
-        c = shapes[last][0]
+        width = next(shapes[f"{block}.{j}.0.weight"][0] for j in (3, 1, 0) if f"{block}.{j}.0.weight" in shapes)
+        stages.append((kernel == 3, hidden // c, width, len(shapes.each(f"backbone.{i}.{{}}.block.0.0.weight"))))
+        c = width
     latent, head = shapes["mapper.0.weight"][:2]
     return SemanticEncoderConfig(stem, tuple(stages), head, latent)
 
 
 def previewer_config(shapes):
-    widths = []
-    while (name := f"blocks.{6 * len(widths) + 2}.weight") in shapes:       # a batch norm: the last has none
-        widths.append(shapes[name][0])
-    return PreviewerConfig(tuple(widths), shapes["blocks.0.weight"][1])
+    norms = shapes.each("blocks.{}.weight", 2, 6)               # one after each change of size; the last layer has none
+    return PreviewerConfig(tuple(shape[0] for shape in norms), shapes["blocks.0.weight"][1])
 
 
 # A network is known by one tensor that no other has.
@@ -607,8 +597,6 @@ def load(path, device="cpu", dtype=None, expect=None, networks=NETWORKS):
     try:
         with torch.device("meta"):
             network = network(read_config(weights))
-    except (IndexError, TypeError, ZeroDivisionError, ValueError) as error:
-        if isinstance(error, CascadeError):
-            raise
-        raise CascadeError(f"{path}: the shapes of its tensors are not those of a {kind} ({error})") from None
+    except (IndexError, KeyError, TypeError, AttributeError, ZeroDivisionError, ValueError) as error:
+        raise CascadeError(f"{path}: the tensors, or the config.json beside, do not fit a {kind} ({error!r})") from None
     return weights.fill(network, device, dtype)

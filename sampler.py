@@ -97,8 +97,7 @@ def sample(unet, shape, condition, steps, guidance, sources, recipe=Recipe(), st
 
     unet        Stage B or Stage C
     shape       (C, y, x) of one latent
-    condition   the unet's other arguments by name. With guidance above 1 each has 2B rows, first those of what is
-                wanted, then those of what is not; else B rows
+    condition   the unet's other arguments by name: B rows for what is wanted, then, for guidance, B for what is not
     sources     one generator per picture: drawn from once for the start and once in every step
     start       a latent (B or 1, *shape) to start from, noised to t = strength, instead of noise alone
     """

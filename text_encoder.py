@@ -3,8 +3,8 @@ Cascade, and the image tower (OpenAI ViT-L/14: 24 layers, D = 1024), which looks
 makes both towers.
 
     ids, mask = Tokenizer(folder)(["a red circle"])         (B, 77), (B, 77)
-    hidden, pooled = load(folder_or_file)(ids, mask)        (B, 77, D), (B, 1, D)
-    embedding = load(folder_or_file)(pixels)                (B, 768)
+    hidden, pooled = load(file)(ids, mask)                  (B, 77, D), (B, 1, D)
+    embedding = load(file)(pixels)                          (B, 768)
 
 Module names are those of the official files text_encoder/model.safetensors and image_encoder/model.safetensors, so they
 load strictly.
@@ -17,6 +17,7 @@ import json
 import math
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +57,7 @@ class Tokenizer:
     """Prompts -> ids and mask, both (B, L) int64, where L = length is what the text tower takes, officially 77. Reads
     tokenizer.json or, without one, vocab.json and merges.txt."""
     def __init__(self, folder, length=LENGTH):
-        folder, self.length = Path(folder), length
+        folder = Path(folder)
         whole, vocab, merges = folder / "tokenizer.json", folder / "vocab.json", folder / "merges.txt"
         if not whole.exists() and not (vocab.exists() and merges.exists()):
             raise CascadeError(f"{folder}: no tokenizer here; wanted is tokenizer.json, or vocab.json and merges.txt")
@@ -65,35 +66,27 @@ class Tokenizer:
         except Exception as error:                      # the library raises bare Exceptions
             reason = " ".join(str(error).split())
             raise CascadeError(f"{folder}: the tokenizer's files cannot be read ({reason})") from None
-        self.bpe.no_truncation()
-        self.bpe.no_padding()
         self.end = self.bpe.token_to_id(END)
         if self.end is None:
             raise CascadeError(f"{folder}: not CLIP's tokenizer, it has no {END}")
+        self.bpe.enable_truncation(length)
+        self.bpe.enable_padding(length=length, pad_id=self.end, pad_token=END)
 
     def __call__(self, prompts):
         """Start, the prompt's tokens, end, then as many ends again as fill the row; the mask is 1 up to the first end.
         What does not fit is cut, with a warning that says what."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        rows, masks, L = [], [], self.length
-        for prompt, encoding in zip(prompts, self.bpe.encode_batch(prompts)):
-            ids = encoding.ids                          # start ... end
-            if len(ids) > L:
-                cut = prompt[encoding.offsets[L - 1][0]:]
-                warnings.warn(f"a prompt is cut to {L} tokens, its end is not read: {cut!r}", stacklevel=2)
-                ids = ids[:L - 1] + [self.end]
-            rows.append(ids + [self.end] * (L - len(ids)))
-            masks.append([1] * len(ids) + [0] * (L - len(ids)))
-        return torch.tensor(rows), torch.tensor(masks)
+        rows = self.bpe.encode_batch(prompts)
+        for prompt, row in zip(prompts, rows):
+            if row.overflowing:
+                cut = prompt[row.overflowing[0].offsets[1][0]:]                 # from the first token after start
+                warnings.warn(f"a prompt is cut to {len(row)} tokens, its end is not read: {cut!r}", stacklevel=2)
+        return torch.tensor([row.ids for row in rows]), torch.tensor([row.attention_mask for row in rows])
 
 
 # ------------------------------------------------------------------------------------------------ both towers' layer
 
-def quick_gelu(x):
-    return x * torch.sigmoid(1.702 * x)
-
-
-ACTS = {"gelu": F.gelu, "quick_gelu": quick_gelu}
+ACTS = {"gelu": F.gelu, "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
 
 
 class SelfAttention(nn.Module):
@@ -222,41 +215,27 @@ def fit(picture, side):
 
 # ------------------------------------------------------------------------------------------------ reading files
 
-def act_of(shapes, default):
-    act = shapes.config().get("hidden_act", default)
-    if act not in ACTS:
-        raise CascadeError(f"{shapes.path}: config.json says hidden_act {act!r}; wanted is {' or '.join(ACTS)}")
-    return act
-
-
 def text_config(shapes):
     vocabulary, width = shapes["text_model.embeddings.token_embedding.weight"]
-    end = shapes.config().get("eos_token_id", 2)
-    return TextConfig(vocabulary, shapes["text_model.embeddings.position_embedding.weight"][0], width,
-                      layers=shapes.count("text_model.encoder.layers.{}.layer_norm1.weight"),
-                      hidden=shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0],
-                      projection=shapes["text_projection.weight"][0], act=act_of(shapes, TextConfig.act),
-                      end=vocabulary - 1 if end == 2 else end)         # old configs say 2 and mean the last row
+    length, said = shapes["text_model.embeddings.position_embedding.weight"][0], shapes.config()
+    mlps = shapes.each("text_model.encoder.layers.{}.mlp.fc1.weight")
+    end = said.get("eos_token_id", 2)                                   # old configs say 2 and mean the last row
+    return TextConfig(vocabulary, length, width, len(mlps), mlps[0][0], shapes["text_projection.weight"][0],
+                      said.get("hidden_act", TextConfig.act), vocabulary - 1 if end == 2 else end)
 
 
 def image_config(shapes):
     width, _, patch, _ = shapes["vision_model.embeddings.patch_embedding.weight"]
     tokens = shapes["vision_model.embeddings.position_embedding.weight"][0]
-    return ImageConfig(patch * math.isqrt(tokens - 1), patch, width,
-                       layers=shapes.count("vision_model.encoder.layers.{}.layer_norm1.weight"),
-                       hidden=shapes["vision_model.encoder.layers.0.mlp.fc1.weight"][0],
-                       projection=shapes["visual_projection.weight"][0], act=act_of(shapes, ImageConfig.act))
+    mlps = shapes.each("vision_model.encoder.layers.{}.mlp.fc1.weight")
+    return ImageConfig(patch * math.isqrt(tokens - 1), patch, width, len(mlps), mlps[0][0],
+                       shapes["visual_projection.weight"][0], shapes.config().get("hidden_act", ImageConfig.act))
 
 
 TOWERS = {"text_encoder": ("text_model.embeddings.token_embedding.weight", TextEncoder, text_config),
           "image_encoder": ("vision_model.embeddings.class_embedding", ImageEncoder, image_config)}
 
 
-def load(path, device="cpu", dtype=None, expect=None):
-    """Opens a tower's model.safetensors, given itself or its folder. A config.json beside it says the activation and
-    the end token; without one these are the official ones and the last row. dtype None keeps the file's own."""
-    path = Path(path)
-    if path.is_dir():
-        plain, bf16 = path / "model.safetensors", path / "model.bf16.safetensors"
-        path = bf16 if bf16.exists() and not plain.exists() else plain
-    return model.load(path, device, dtype, expect=expect, networks=TOWERS)
+# Opens a tower's file, as model.load does the others. A config.json beside it says the activation and the end token;
+# without one these are the official ones and the last row.
+load = partial(model.load, networks=TOWERS)

@@ -10,6 +10,7 @@ from tiny import randomise, weight_sum, write_folder
 import cascade
 import sampler
 from model import UNet, UNetConfig, load
+from text_encoder import TOWERS
 from text_encoder import load as load_tower
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
@@ -37,7 +38,9 @@ def golden(name):
 
 
 def opened(folder, name):
-    return load_tower(folder / name) if (folder / name).is_dir() else load(folder / f"{name}.safetensors")
+    if name in TOWERS:
+        return load_tower(folder / name / "model.safetensors")
+    return load(folder / f"{name}.safetensors")
 
 
 def error(ours, theirs):

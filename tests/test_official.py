@@ -13,6 +13,7 @@ import torch
 
 import text_encoder
 from model import (
+    CascadeError,
     NETWORKS,
     Previewer,
     PreviewerConfig,
@@ -116,7 +117,7 @@ def test_a_file_is_told_and_sized_by_its_tensors(name, tmp_path):
 
 def test_a_file_with_a_controlnet_is_refused_by_name(tmp_path):
     shapes = {"backbone.0.0.weight": (24, 3, 3, 3), "controlnet_blocks.0.weight": (64, 64)}
-    with pytest.raises(ValueError, match="the file holds none"):
+    with pytest.raises(CascadeError, match="the file holds none"):
         load(write_empty(tmp_path / "canny.safetensors", shapes))
 
 
@@ -124,7 +125,7 @@ def test_asking_for_a_tensor_that_is_not_there_names_it(tmp_path):
     shapes = official("stage_a")
     del shapes["up_blocks.3.gammas"]
     weights = Weights(write_empty(tmp_path / "stage_a.safetensors", shapes))
-    with pytest.raises(ValueError, match="up_blocks.3.gammas is missing"):
+    with pytest.raises(CascadeError, match="up_blocks.3.gammas is missing"):
         weights["up_blocks.3.gammas"]
 
 

@@ -125,16 +125,16 @@ def test_outputs(pipeline):
 
 def alive(monkeypatch):
     """Lists the networks that live whenever one is loaded."""
-    loaded, log, real = [], [], model.load
+    loaded, log, real = [], [], model.Weights.fill
 
-    def load(*given, **named):
+    def fill(*given):
         gc.collect()
-        network = real(*given, **named)
+        network = real(*given)
         loaded.append(weakref.ref(network))
         log.append(sum(one() is not None for one in loaded))
         return network
 
-    monkeypatch.setattr(model, "load", load)  # the text tower comes through it too
+    monkeypatch.setattr(model.Weights, "fill", fill)  # every network comes through it
     return log
 
 
@@ -211,12 +211,12 @@ def test_any_stored_type_runs_in_any_type(tmp_path, stored, run):
 
 
 def test_stage_b_and_a_may_have_a_type_of_their_own(folder, monkeypatch):
-    seen, real = {}, model.load
+    seen, real = {}, model.Weights.fill
     monkeypatch.setattr(
-        model,
-        "load",
-        lambda path, device, dtype, **named: (
-            seen.update({Path(path).stem: dtype}) or real(path, device, dtype, **named)
+        model.Weights,
+        "fill",
+        lambda self, network, device, dtype: (
+            seen.update({Path(self.path).stem: dtype}) or real(self, network, device, dtype)
         ),
     )
     size = dict(steps=1, decoder_steps=1, width=64, height=64, output="pt")

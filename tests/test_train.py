@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import shapes
 import torch
 import train_tiny
 from wire import wire

@@ -275,7 +275,7 @@ def train_clip(options):
                 "said": 5 * F.mse_loss(network.decoder(said), latents),
                 "seen": 5 * F.mse_loss(network.decoder(seen), latents)}
 
-    network = train("clip", network, loss_of, options.steps or 3600, 2e-3, options.work, muon)
+    network = train("clip", network, loss_of, options.steps or 2800, 2e-3, options.work, muon)
     publish(network.text, options.out / "text_encoder" / "model.safetensors")
     publish(network.image, options.out / "image_encoder" / "model.safetensors")
 
@@ -338,7 +338,8 @@ def train_b(options):
 def train_c(options):
     """From a caption to the semantic latent, the towers frozen. A tenth of the captions are empty, for guidance, and a
     tenth of the rows see the picture's own embedding, as in the original; half of these have no caption beside it."""
-    text, image = (load_tower(options.out / tower, dtype=torch.float32) for tower in ("text_encoder", "image_encoder"))
+    text, image = (load_tower(options.out / tower / "model.safetensors", dtype=torch.float32)
+                   for tower in ("text_encoder", "image_encoder"))
     tokenizer = Tokenizer(options.out / "tokenizer", TEXT.length)
     all_scenes, semantics = described(options)
     batches = [all_scenes[i:i + 64] for i in range(0, len(all_scenes), 64)]

@@ -128,7 +128,7 @@ def scheduler():
 def combined_pipeline(folder):
     """diffusers' pipeline with the weights of a folder of original files."""
     unets = [diffusers_unet(load(folder / f"{name}.safetensors")) for name in ("stage_c", "stage_b")]
-    text = transformers_text(load_tower(folder / "text_encoder"))
+    text = transformers_text(load_tower(folder / "text_encoder" / "model.safetensors"))
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", model_max_length=77)
     pipeline = StableCascadeCombinedPipeline(
         tokenizer=tokenizer,
@@ -147,11 +147,11 @@ def combined_pipeline(folder):
 
 def prior_pipeline(folder):
     """Its first half alone, which takes pictures."""
-    image = load_tower(folder / "image_encoder")
+    image = load_tower(folder / "image_encoder" / "model.safetensors")
     side = image.config.side
     pipeline = StableCascadePriorPipeline(
         tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer", model_max_length=77),
-        text_encoder=transformers_text(load_tower(folder / "text_encoder")),
+        text_encoder=transformers_text(load_tower(folder / "text_encoder" / "model.safetensors")),
         prior=diffusers_unet(load(folder / "stage_c.safetensors")),
         scheduler=scheduler(),
         feature_extractor=CLIPImageProcessorPil(

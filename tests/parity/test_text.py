@@ -66,7 +66,7 @@ def test_a_folder_that_transformers_saved_loads(tmp_path, act):
     peer = transformers_text(text)
     peer.save_pretrained(tmp_path)
     ids, mask = rows(TEXT)
-    loaded = text_encoder.load(tmp_path)
+    loaded = text_encoder.load(tmp_path / "model.safetensors")
     assert loaded.config == text.config
     assert_same(loaded(ids, mask)[1], last_hidden(peer, ids, mask)[1].unsqueeze(1))
 
@@ -74,7 +74,7 @@ def test_a_folder_that_transformers_saved_loads(tmp_path, act):
 def test_an_end_token_of_2_means_the_last_row(tmp_path):
     save(randomise(TextEncoder(TEXT), 25).state_dict(), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 2, "hidden_act": "gelu"}))
-    assert text_encoder.load(tmp_path).config == TEXT
+    assert text_encoder.load(tmp_path / "model.safetensors").config == TEXT
 
 
 # ------------------------------------------------------------------------------------------------ the tokenizer
