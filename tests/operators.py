@@ -57,7 +57,7 @@ def size(tensor):
 
 
 def flops(name, args, out):
-    """Two for every multiplication and addition; only these operators count."""
+    """A multiplication and its addition are two; only these operators count."""
     if name == "linear":
         return 2 * out.numel() * args[0].shape[-1]
     if name in ("conv2d", "conv_transpose2d"):
