@@ -250,9 +250,9 @@ class UNet(nn.Module):
         if self.config.semantic:
             mapped = [self.clip_mapper(pooled)]
         else:
-            image = pooled.new_zeros(len(pooled), self.config.image) if image is None else image
+            image = pooled.new_zeros(pooled.shape[0], self.config.image) if image is None else image
             mapped = [self.clip_txt_mapper(text), self.clip_txt_pooled_mapper(pooled), self.clip_img_mapper(image)]
-        tokens = [y.reshape(len(y), -1, self.config.c_cond) for y in mapped]            # each (B, 4 or L, c_cond)
+        tokens = [y.reshape(y.shape[0], -1, self.config.c_cond) for y in mapped]        # each (B, 4 or L, c_cond)
         return self.clip_norm(torch.cat(tokens, dim=1))                                 # (B, N, c_cond)
 
     def forward(self, x, r, clip_text_pooled, clip_text=None, clip_img=None, effnet=None, pixels=None, sca=None,

@@ -154,7 +154,7 @@ class TextEncoder(nn.Module):
         for layer in tower.encoder.layers:
             x = layer(x, visible)
         first_end = (ids == self.config.end).int().argmax(dim=1)                                       # (B,)
-        row = x[torch.arange(len(x), device=x.device), first_end]                                      # (B, D)
+        row = x[torch.arange(x.shape[0], device=x.device), first_end]                                  # (B, D)
         return x, self.text_projection(tower.final_layer_norm(row)).unsqueeze(1)
 
 
@@ -196,7 +196,7 @@ class ImageEncoder(nn.Module):
         tower, embeddings = self.vision_model, self.vision_model.embeddings
         mean, std = (pixels.new_tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
         x = embeddings.patch_embedding((pixels - mean) / std).flatten(2).transpose(1, 2)    # (B, L - 1, D), row by row
-        x = torch.cat([embeddings.class_embedding.expand(len(x), 1, -1), x], dim=1)         # (B, L, D)
+        x = torch.cat([embeddings.class_embedding.expand(x.shape[0], 1, -1), x], dim=1)     # (B, L, D)
         x = tower.pre_layrnorm(x + embeddings.position_embedding.weight)
         for layer in tower.encoder.layers:
             x = layer(x)
