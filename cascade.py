@@ -15,7 +15,8 @@ on each side; Stage B paints an image latent from it, 4 times smaller; Stage A t
 loaded just before its turn and released after it.
 """
 # Letters: P prompts, N pictures (P times the images per prompt), H W pixels, h w the semantic latent's sides,
-# y x the image latent's, L text tokens, D text width.
+# y x the image latent's, L text tokens, D text width, n pictures to take after, S the side at which the image tower
+# sees them, E the width of its embeddings (768).
 import argparse
 import io
 import itertools
@@ -192,7 +193,7 @@ class Cascade:
 
     @torch.inference_mode()
     def look(self, pictures):
-        """Pictures (files or pillow's) -> what the image tower makes of them, (n, 768)."""
+        """Pictures (files or pillow's) -> what the image tower makes of them, (n, E)."""
         pictures = [open_picture(picture) for picture in pictures]
         tower = self.network("image_encoder")
         pixels = torch.stack([text_encoder.fit(picture, tower.config.side) for picture in pictures])    # (n, 3, S, S)
@@ -205,7 +206,7 @@ class Cascade:
         picture = ImageOps.fit(open_picture(picture), (width, height), Image.Resampling.BICUBIC)
         pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 255       # (1, 3, H, W)
         h, w = math.ceil(height / COMPRESSION), math.ceil(width / COMPRESSION)
-        pixels = F.interpolate(pixels, (32 * h, 32 * w), mode="bilinear", antialias=True)
+        pixels = F.interpolate(pixels, (32 * h, 32 * w), mode="bilinear", antialias=True)  # (1, 3, 32h, 32w)
         return self.network("effnet_encoder")(pixels.to(self.device, self.dtypes["effnet_encoder"])).float()
 
     def _sample(self, name, shape, condition, steps, guidance, sources, recipe, watch=None, **start):
@@ -227,7 +228,7 @@ class Cascade:
         """Stage C: prompts -> semantic latents (N, 16, h, w), fp32.
 
         prompts             strings, or the Text read from them
-        variation_images    pictures to take after (a list of files or pillow's), or their embeddings (n, 768)
+        variation_images    pictures to take after (a list of files or pillow's), or their embeddings (n, E)
         init_image          a picture, or a semantic latent (1 or N, 16, h, w), to start from: it is noised to
                             t = strength, and int(steps * strength) steps lead back
         recipe, interval    see sampler.py
@@ -247,8 +248,8 @@ class Cascade:
             wanted = Weights(self.file("stage_c"))["clip_img_mapper.weight"][1]
             if seen.dim() != 2 or seen.shape[1] != wanted:
                 raise CascadeError(f"variation_images are {tuple(seen.shape)}; wanted is (n, {wanted})")
-            rows = seen.expand(count, *seen.shape)                                      # (N, n, 768)
-            condition["clip_img"] = torch.cat([rows, torch.zeros_like(rows)])
+            rows = seen.expand(count, *seen.shape)                                      # (N, n, E)
+            condition["clip_img"] = torch.cat([rows, torch.zeros_like(rows)])           # (2N, n, E)
         shape = (16, math.ceil(height / COMPRESSION), math.ceil(width / COMPRESSION))
         start = {}
         if init_image is not None:
@@ -299,10 +300,10 @@ class Cascade:
         if output == "latent":
             return z
         stage_a, dtype = self.network("stage_a"), self.dtypes["stage_a"]
-        pixels = torch.cat([stage_a.decode(one[None].to(dtype)).float() for one in z])[:, :, :height, :width]
+        pixels = torch.cat([stage_a.decode(one[None].to(dtype)).float() for one in z])  # (N, 3, 4y, 4x)
         if not pixels.isfinite().all():
             raise CascadeError(f"Stage A: the picture is not finite in {dtype}; try bf16 or fp32")
-        pixels = pixels.clamp(0, 1)                                                     # (N, 3, H, W)
+        pixels = pixels[:, :, :height, :width].clamp(0, 1)                              # (N, 3, H, W)
         if output == "pt":
             return pixels
         pixels = pixels.permute(0, 2, 3, 1).cpu().numpy()                               # (N, H, W, 3)
@@ -322,7 +323,7 @@ class Cascade:
         if prior.get("init_image") is not None:
             steps = int(steps * prior.get("strength", STRENGTH))
         return self.decode(latents, text, "", width, height, decoder_steps, decoder_guidance, seed, steps, output,
-                           recipe)
+                           recipe)                          # (N, H, W, 3) or (N, 3, H, W) or (N, 4, y, x), else a list
 
 
 # ------------------------------------------------------------------------------------------------ the command

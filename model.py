@@ -8,9 +8,10 @@
 Modules carry the names of the official single files, so each loads strictly. `load(path)` opens any of them, also in
 the diffusers layout, and tells and sizes the network by the tensors inside.
 
-Letters: B batch, C channels, H W pixels, h w the semantic latent's sides, y x the sides of the grid at hand,
-D text width, L text tokens, N condition tokens. Inside the UNet and Stage A the stream is channels-last, (B, y, x, C):
-norms, linears, GRN and attention all work on the last axis; only what goes in and comes out is channels-first.
+Letters: B batch, C channels, C' those that come out, H W pixels, h w the semantic latent's sides, y x the sides of the
+grid at hand, T its tokens, p a patch's side, s stride, L text tokens, D text width, n pictures seen, E width of their
+embeddings (768), N condition tokens, K codes (8192). Inside the UNet and Stage A the stream is channels-last,
+(B, y, x, C): norms, linears, GRN and attention all work on the last axis; only what goes in and out is channels-first.
 
 Sources: Pernias et al., "Wuerstchen" (2023), arXiv 2306.00637; the official files of stabilityai/stable-cascade;
 ConvNeXt V2 (GRN), arXiv 2301.00808; EfficientNetV2, arXiv 2104.00298; Paella (Stage A), arXiv 2211.07292.
@@ -39,7 +40,7 @@ class CascadeError(Exception):
 # ------------------------------------------------------------------------------------------------ layers, channels-last
 # A 1x1 convolution is a linear on its flattened weight.
 
-class Conv2d(nn.Conv2d):                                # (B, y, x, C) -> (B, y', x', C')
+class Conv2d(nn.Conv2d):                                # (B, y, x, C) -> (B, y//s, x//s, C')
     def forward(self, x):
         if self.kernel_size == (1, 1):
             return F.linear(x, self.weight.flatten(1), self.bias)
@@ -157,7 +158,7 @@ class Attention(nn.Module):
         B, T, C = x.shape
         q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)  # each (B, T, C)
         k_cond, v_cond = F.linear(cond, self.in_proj_weight[C:], self.in_proj_bias[C:]).chunk(2, dim=-1)
-        k, v = torch.cat([k, k_cond], dim=1), torch.cat([v, v_cond], dim=1)             # (B, T + N, C)
+        k, v = torch.cat([k, k_cond], dim=1), torch.cat([v, v_cond], dim=1)             # each (B, T + N, C)
         q, k, v = (y.unflatten(-1, (-1, HEAD_WIDTH)).transpose(1, 2) for y in (q, k, v))   # (B, C/64, T or T + N, 64)
         y = F.scaled_dot_product_attention(q, k, v)                                     # softmax(q k' / 8) v
         return self.out_proj(y.transpose(1, 2).flatten(2))                              # (B, T, C)
@@ -175,13 +176,13 @@ class AttentionBlock(nn.Module):
         return x + self.attention.attn(tokens, self.kv_mapper(cond)).view_as(x)
 
 
-class Resize(nn.Module):
+class Resize(nn.Module):                                # (B, y, x, C) -> (B, int(scale*y), int(scale*x), C)
     def __init__(self, scale):
         super().__init__()
         self.scale = scale
 
     def forward(self, x):
-        return resize(x, (int(x.shape[1] * self.scale), int(x.shape[2] * self.scale)))  # (B, scale*y, scale*x, C)
+        return resize(x, (int(x.shape[1] * self.scale), int(x.shape[2] * self.scale)))
 
 
 class UNet(nn.Module):
@@ -238,7 +239,7 @@ class UNet(nn.Module):
         return nn.Sequential(LayerNorm(c_in), change)
 
     def embed_time(self, r, sca, crp):
-        """r and what the network has of sca and crp, each (B,) in [0, 1], or None for 0 -> (B, 64 * how many)."""
+        """r and what the network has of sca and crp, each (B,) in [0, 1], or None for 0 -> (B, 64 * (1 + extras))."""
         half, extras = HEAD_WIDTH // 2, {"sca": sca, "crp": crp}
         frequencies = torch.arange(half, device=r.device).float().mul(-math.log(10000) / (half - 1)).exp()
         times = [r, *(torch.zeros_like(r) if extras[name] is None else extras[name] for name in self.config.extras)]
@@ -252,7 +253,7 @@ class UNet(nn.Module):
         else:
             image = pooled.new_zeros(pooled.shape[0], self.config.image) if image is None else image
             mapped = [self.clip_txt_mapper(text), self.clip_txt_pooled_mapper(pooled), self.clip_img_mapper(image)]
-        tokens = [y.reshape(y.shape[0], -1, self.config.c_cond) for y in mapped]        # each (B, 4 or L, c_cond)
+        tokens = [y.reshape(y.shape[0], -1, self.config.c_cond) for y in mapped]    # each (B, 4 or L or 4n, c_cond)
         return self.clip_norm(torch.cat(tokens, dim=1))                                 # (B, N, c_cond)
 
     def forward(self, x, r, clip_text_pooled, clip_text=None, clip_img=None, effnet=None, pixels=None, sca=None,
@@ -263,13 +264,13 @@ class UNet(nn.Module):
         r                   (B,) fp32, the time: 1 is pure noise, 0 is none
         clip_text_pooled    (B, D) or (B, 1, D)
         clip_text           (B, L, D), all rows of the text tower; Stage C needs it, Stage B has no use for it
-        clip_img            (B, 768) or (B, n, 768), embeddings of pictures for Stage C; zeros if None
+        clip_img            (B, E) or (B, n, E), embeddings of pictures for Stage C; zeros if None
         effnet              (B, 16, h, w), the semantic latent for Stage B; nothing is added if None
         pixels              (B, 3, any, any) in [0, 1], a picture for Stage B; zeros if None
         sca, crp            (B,), extra times; zeros if None
         """
         t = self.embed_time(r, sca, crp).to(x.dtype)                                    # (B, 64 * (1 + extras))
-        cond = self.embed_clip(clip_text_pooled, clip_text, clip_img)
+        cond = self.embed_clip(clip_text_pooled, clip_text, clip_img)                   # (B, N, c_cond)
         x = self.embedding(x)                                                           # (B, y, x, C)
         if self.config.semantic:
             if effnet is not None:
@@ -285,7 +286,7 @@ class UNet(nn.Module):
             skip = skips.pop()
             x = resize(x, skip.shape[1:3])              # an odd side lost a row on its way down
             x = change(self._run(blocks, mappers, x, t, cond, skip))
-        return self.clf(x)
+        return self.clf(x)                                                              # (B, 16 or 4, p*y, p*x)
 
     @staticmethod
     def _run(blocks, mappers, x, t, cond, skip=None):
@@ -358,11 +359,11 @@ class StageA(nn.Module):
         return self.out_block(x)                                                        # (B, 3, 4y, 4x)
 
     def quantise(self, z):
-        """Image latent (B, 4, y, x) -> the nearest codes in its place, and their numbers (B, y, x)."""
-        codes = self.vquantizer.codebook.weight                                         # (8192, 4)
+        """Image latent (B, 4, y, x) -> the nearest codes (B, 4, y, x) and their numbers (B, y, x)."""
+        codes = self.vquantizer.codebook.weight                                         # (K, 4)
         tokens = (z * self.config.scale_factor).permute(0, 2, 3, 1)                     # (B, y, x, 4)
         numbers = torch.cdist(tokens.flatten(0, 2).float(), codes.float()).argmin(1).view(tokens.shape[:3])
-        return codes[numbers].permute(0, 3, 1, 2) / self.config.scale_factor, numbers
+        return codes[numbers].permute(0, 3, 1, 2) / self.config.scale_factor, numbers   # (B, 4, y, x), (B, y, x)
 
 
 # ------------------------------------------------------------------------------------------------ the semantic encoder
@@ -411,7 +412,7 @@ class MBConv(nn.Module):
         self.residual = stride == 1 and c_in == c_out
 
     def forward(self, x):
-        return x + self.block(x) if self.residual else self.block(x)                    # (B, C_out, H/stride, W/stride)
+        return x + self.block(x) if self.residual else self.block(x)                    # (B, C', H/s, W/s)
 
 
 class SemanticEncoder(nn.Module):
@@ -430,7 +431,7 @@ class SemanticEncoder(nn.Module):
                                     nn.BatchNorm2d(config.latent, affine=False))
 
     def forward(self, image):
-        """(B, 3, H, W) in [0, 1] -> (B, 16, H/32, W/32). The official size is 3/4 of the picture: 768 for 1024."""
+        """(B, 3, H, W) in [0, 1], sides multiples of 32 -> (B, 16, H/32, W/32). Officially 768 for pictures of 1024."""
         mean, std = (image.new_tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
         return self.mapper(self.backbone((image - mean) / std))
 

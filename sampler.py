@@ -36,7 +36,7 @@ def time_of(a):
 
 def timesteps(steps, strength=1.0):
     """The steps + 1 times, from `strength` to 0, between which the sampler walks."""
-    return torch.linspace(strength, 0, steps + 1)
+    return torch.linspace(strength, 0, steps + 1)                                       # (steps + 1,)
 
 
 def ddpm(x, epsilon, noise, now, then):
@@ -122,4 +122,4 @@ def sample(unet, shape, condition, steps, guidance, sources, recipe=Recipe(), st
         x0 = clean(x, epsilon, a[i])
         noise = draw(sources, shape, weight.device) * (i < steps - 1)                   # none on the way to t = 0
         x = recipe.step(x, epsilon, noise, a[i], a[i + 1])
-        yield x, x0
+        yield x, x0                                                                     # each (B, C, y, x)

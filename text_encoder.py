@@ -4,12 +4,13 @@ makes both towers.
 
     ids, mask = Tokenizer(folder)(["a red circle"])         (B, 77), (B, 77)
     hidden, pooled = load(file)(ids, mask)                  (B, 77, D), (B, 1, D)
-    embedding = load(file)(pixels)                          (B, 768)
+    embedding = load(file)(pixels)                          (B, E)
 
 Module names are those of the official files text_encoder/model.safetensors and image_encoder/model.safetensors, so they
 load strictly.
 
-Letters: B batch, L tokens (77 of a text, 257 of a picture), D width, S the side of what the image tower sees (224).
+Letters: B batch, L tokens (77 of a text, 257 of a picture), D width, S the side of what the image tower sees (224),
+E the width of the embedding that it gives (768).
 
 Sources: Radford et al., CLIP (2021), arXiv 2103.00020; the files of stabilityai/stable-cascade and -prior.
 """
@@ -81,7 +82,8 @@ class Tokenizer:
             if row.overflowing:
                 cut = prompt[row.overflowing[0].offsets[1][0]:]                 # from the first token after start
                 warnings.warn(f"a prompt is cut to {len(row)} tokens, its end is not read: {cut!r}", stacklevel=2)
-        return torch.tensor([row.ids for row in rows]), torch.tensor([row.attention_mask for row in rows])
+        ids, mask = [row.ids for row in rows], [row.attention_mask for row in rows]
+        return torch.tensor(ids), torch.tensor(mask)                                        # each (B, L)
 
 
 # ------------------------------------------------------------------------------------------------ both towers' layer
@@ -142,20 +144,20 @@ class TextEncoder(nn.Module):
         self.text_projection = nn.Linear(width, config.projection, bias=False)
 
     def forward(self, ids, mask):
-        """ids, mask (B, L): what Tokenizer gives.
+        """What Tokenizer gives, ids and mask, each (B, L) -> hidden (B, L, D) and pooled (B, 1, D).
 
-        hidden    (B, L, D), the last layer's output, before the final norm: every row is used, pads too
-        pooled    (B, 1, D), the projection of the row of the first end token, after the norm
+        hidden    the last layer's output, before the final norm: every row is used, pads too
+        pooled    the projection of the row of the first end token, after the norm
         """
         tower, L = self.text_model, ids.shape[1]
-        x = tower.embeddings.token_embedding(ids) + tower.embeddings.position_embedding.weight[:L]     # (B, L, D)
-        causal = torch.ones(L, L, dtype=torch.bool, device=ids.device).tril()                          # (L, L)
-        visible = causal & mask.bool()[:, None, None, :]                                               # (B, 1, L, L)
+        x = tower.embeddings.token_embedding(ids) + tower.embeddings.position_embedding.weight[:L]  # (B, L, D)
+        causal = torch.ones(L, L, dtype=torch.bool, device=ids.device).tril()                     # (L, L)
+        visible = causal & mask.bool()[:, None, None, :]                                          # (B, 1, L, L)
         for layer in tower.encoder.layers:
             x = layer(x, visible)
-        first_end = (ids == self.config.end).int().argmax(dim=1)                                       # (B,)
-        row = x[torch.arange(x.shape[0], device=x.device), first_end]                                  # (B, D)
-        return x, self.text_projection(tower.final_layer_norm(row)).unsqueeze(1)
+        first_end = (ids == self.config.end).int().argmax(dim=1)                                  # (B,)
+        row = x[torch.arange(x.shape[0], device=x.device), first_end]                             # (B, D)
+        return x, self.text_projection(tower.final_layer_norm(row)).unsqueeze(1)                  # (B, L, D), (B, 1, D)
 
 
 # ------------------------------------------------------------------------------------------------ the image tower
@@ -192,7 +194,7 @@ class ImageEncoder(nn.Module):
         self.visual_projection = nn.Linear(width, config.projection, bias=False)
 
     def forward(self, pixels):
-        """(B, 3, S, S) in [0, 1], as `fit` gives them -> the picture's embedding (B, 768)."""
+        """(B, 3, S, S) in [0, 1], as `fit` gives them -> the picture's embedding (B, E)."""
         tower, embeddings = self.vision_model, self.vision_model.embeddings
         mean, std = (pixels.new_tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
         x = embeddings.patch_embedding((pixels - mean) / std).flatten(2).transpose(1, 2)    # (B, L - 1, D), row by row
@@ -200,7 +202,7 @@ class ImageEncoder(nn.Module):
         x = tower.pre_layrnorm(x + embeddings.position_embedding.weight)
         for layer in tower.encoder.layers:
             x = layer(x)
-        return self.visual_projection(tower.post_layernorm(x[:, 0]))                        # (B, 768)
+        return self.visual_projection(tower.post_layernorm(x[:, 0]))                        # (B, E)
 
 
 def fit(picture, side):
@@ -210,7 +212,7 @@ def fit(picture, side):
     width, height = side * width // short, side * height // short
     left, top = (width - side) // 2, (height - side) // 2
     picture = picture.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + side, top + side))
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255                       # (3, S, S)
 
 
 # ------------------------------------------------------------------------------------------------ reading files
