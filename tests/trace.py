@@ -3,16 +3,16 @@
     python tests/trace.py "a large red circle" --out trace.safetensors              the small cascade: seconds, 11 MB
     python tests/trace.py --compare trace.safetensors mine.safetensors              where does mine depart?
     python tests/trace.py --list --weights weights/official --lite                  names, shapes and size; no run
-    python tests/trace.py "an astronaut" --weights weights/official --lite --stages stage_c --steps-recorded 0
+    python tests/trace.py "an astronaut" --weights weights/official --lite --stages stage_c --steps-recorded 0   1.4 GB
 
 `Cascade` draws one picture and hooks look on. The names: S is stage_c or stage_b; NNN counts its steps from 000; PATH
 is a module's path in model.py or text_encoder.py, the same as in its weights' names in the official files.
 
     tokens.ids, tokens.mask                 (rows, L), integers: the prompt and, where it differs, the negative prompt
-    text_encoder.PATH.in, .out              a layer also sees which tokens it may look at: those before it in the mask
+    text_encoder.PATH.in, .out              in a layer, token i sees the tokens j up to i where the mask is 1
     text_encoder.hidden, .pooled            what the tower answers
     S.timesteps, S.alpha_bar                (steps + 1,): step NNN leads from entry NNN to the next
-    S.condition.NAME                        the UNet's arguments: clip_text, clip_text_pooled, effnet
+    S.condition.NAME                        the UNet's arguments: clip_text_pooled; clip_text, clip_img in C; effnet in B
     S.step-NNN.x                            the latent before the step; that of step 000 is noise alone
     S.step-NNN.embed_time.out               the time's embedding; every block gets it as `t`
     S.step-NNN.PATH.in, .out                of the --steps-recorded; clip_norm.out is what every block gets as `cond`
@@ -30,14 +30,15 @@ repeats, is PATH.pass-1, then PATH.pass-2. With guidance a network sees two rows
 
 Values are fp32, whatever the run's type. Between the blocks of the UNets and of Stage A they are channels-last, (rows,
 y, x, C); latents, noise, picture, and so embedding.in, clf.out and out_block.out, are channels-first. --compare wants
-the same names in the same layout, in any floating type, and takes what is there: `mine` may hold one stage, or one
-block. The file's metadata say the order of execution ("order", a JSON list of the names: safetensors sorts them), the
-layout, and how the picture was made.
+the same names in the same layout (axes of length 1 do not count), in any floating type, and takes what is there: `mine`
+may hold one stage, or one block. The file's metadata say the order of execution ("order", a JSON list of the names:
+safetensors sorts them), the layout, and how the picture was made.
 
 Another implementation's Stage C, `port`, with our noise and conditions:
 
     trace = load_file("trace.safetensors")
-    condition = {name: trace[f"stage_c.condition.{name}"] for name in ("clip_text", "clip_text_pooled")}
+    names = "clip_text_pooled", "clip_text", "clip_img"
+    condition = {name: trace[f"stage_c.condition.{name}"] for name in names}
     mine, x, a = {}, trace["stage_c.step-000.x"], trace["stage_c.alpha_bar"]
     for i, r in enumerate(trace["stage_c.timesteps"][:-1]):
         step = f"stage_c.step-{i:03}"
@@ -45,7 +46,7 @@ Another implementation's Stage C, `port`, with our noise and conditions:
         mine[f"{step}.epsilon"] = sampler.guide(*mine[f"{step}.out"].chunk(2), 4.0, 0)
         x = sampler.ddpm(x, mine[f"{step}.epsilon"], trace[f"{step}.noise"], a[i], a[i + 1])
     mine["stage_c.latent"] = x
-    save_file(mine, "mine.safetensors")
+    save_file({name: tensor.contiguous() for name, tensor in mine.items()}, "mine.safetensors")
 
 One block of it: `block(trace[f"{name}.in"], trace[f"{step}.embed_time.out"], trace[f"{step}.clip_norm.out"])`. And the
 other way round, `Cascade().decode(x, "a large red circle")` draws what the port imagined.
@@ -77,8 +78,8 @@ from model import CascadeError, UNet, Weights  # noqa: E402
 
 STAGES = ("text_encoder", "stage_c", "stage_b", "stage_a")
 LAYOUT = (
-    "channels-last, (rows, y, x, C), between the blocks of stage_c, stage_b and stage_a; channels-first, (rows, C, y, x),"
-    " are x, out, epsilon, x0, noise, latent, condition, picture, embedding.in, clf.out and out_block.out"
+    "channels-last, (rows, y, x, C), between the blocks of stage_c, stage_b and stage_a; channels-first are x, out, "
+    "epsilon, x0, noise, latent, condition, picture, embedding.in, clf.out and out_block.out"
 )
 
 
@@ -153,6 +154,8 @@ class Trace:
         self.add("timesteps", times), self.add("alpha_bar", sampler.alpha_bar(times))
         for name, value in condition.items():
             self.add(f"condition.{name}", value)
+        if unet.config.image:  # no picture is zeros; other implementations want to be given them
+            self.add("condition.clip_img", value.new_zeros(len(value), 1, unet.config.image))
         walk = sampler.sample(unet, shape, condition, steps, guidance, sources, recipe, **start)
         x = sampler.draw(twins, shape, "cpu")
         for i in range(steps):
@@ -253,13 +256,14 @@ def run(options):
 def errors_of(ours, theirs):
     """The largest error, of the largest value, and the error's L2 norm, of the value's; of integers, the share that
     differs."""
+    ours, theirs = ours.squeeze(), theirs.squeeze()
     if ours.shape != theirs.shape:
         return inf, inf
     if not ours.is_floating_point():
         return ((ours != theirs).double().mean().item(),) * 2
     ours, off = ours.double(), theirs.double() - ours.double()
     pairs = (off.abs().max(), ours.abs().max()), (off.norm(), ours.norm())
-    return tuple((wrong / right if right else wrong).nan_to_num(inf).item() for wrong, right in pairs)
+    return tuple((wrong / right if right else wrong).nan_to_num(inf, inf).item() for wrong, right in pairs)
 
 
 def compare(path, other, tolerance):
@@ -284,7 +288,7 @@ def compare(path, other, tolerance):
             f"first departure: {first}: error {errors[first][0]:.1e} of the largest value, {errors[first][1]:.1e} in L2"
         )
         if ours[first] != theirs[first]:
-            hint = "; is it channels-first?" if sorted(ours[first]) == sorted(theirs[first]) else ""
+            hint = "; is one channels-first?" if sorted(ours[first]) == sorted(theirs[first]) else ""
             print(f"  its shape is {theirs[first]}, wanted is {ours[first]}{hint}")
 
     rows = defaultdict(dict)  # block -> in, skip, out -> errors
