@@ -325,7 +325,7 @@ def test_the_example_of_the_docstring_runs_and_agrees(folder, path, tensors, tmp
         (["--stages", "stage_d"], "invalid choice"),
         (["--blocks", "stage_c.nothing*"], "--blocks stage_c.nothing*: no such module"),
         (["--stages", "stage_c", "--blocks", "stage_b.embedding"], "--blocks stage_b.embedding"),
-        (["--limit", "0.0001"], "more than --limit 0.0001 GB; choose fewer"),
+        (["--limit", "0.0001"], "more than --limit 0.0001 GB; record fewer"),
         (["--guidance", "-1"], "guidance is -1.0"),
         (["--width", "1"], "width is 1"),
         (["--compare", "nowhere.safetensors", "{trace}"], "nowhere.safetensors: there is no such file"),

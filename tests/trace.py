@@ -12,10 +12,10 @@ is a module's path in model.py or text_encoder.py, the same as in its weights' n
     text_encoder.PATH.in, .out              in a layer, token i sees the tokens j up to i where the mask is 1
     text_encoder.hidden, .pooled            what the tower answers
     S.timesteps, S.alpha_bar                (steps + 1,): step NNN leads from entry NNN to the next
-    S.condition.NAME                        the UNet's arguments: clip_text_pooled; clip_text, clip_img in C; effnet in B
+    S.condition.NAME                        the UNet's arguments: clip_text_pooled, clip_text and clip_img, or effnet
     S.step-NNN.x                            the latent before the step; that of step 000 is noise alone
     S.step-NNN.embed_time.out               the time's embedding; every block gets it as `t`
-    S.step-NNN.PATH.in, .out                of the --steps-recorded; clip_norm.out is what every block gets as `cond`
+    S.step-NNN.PATH.in, .out                of some steps, see below; every block gets clip_norm.out as `cond`
     S.step-NNN.PATH.skip                    of the blocks that read their level's skip
     S.step-NNN.out                          what the network answers
     S.step-NNN.epsilon, .x0                 the noise after guidance; what is taken for the clean latent
@@ -24,9 +24,10 @@ is a module's path in model.py or text_encoder.py, the same as in its weights' n
     stage_a.PATH.in, .out                   of its decoder
     picture                                 (1, 3, H, W) in [0, 1]
 
-PATH is every module that a network itself calls or, with --blocks, every one that a pattern names, however deep:
-'stage_c.down_blocks.0.0*' is a block and all inside it. A module that is called again in the same step, since its level
-repeats, is PATH.pass-1, then PATH.pass-2. With guidance a network sees two rows: what is wanted, then what is not.
+PATH, in the steps of --steps-recorded (-1 is a stage's last), is every module that a network itself calls or, with
+--blocks, every one that a pattern names, however deep: 'stage_c.down_blocks.0.0*' is a block and all inside it. A
+module that is called again in the same step, since its level repeats, is PATH.pass-1, then PATH.pass-2. With guidance a
+network sees two rows: what is wanted, then what is not.
 
 Values are fp32, whatever the run's type. Between the blocks of the UNets and of Stage A they are channels-last, (rows,
 y, x, C); latents, noise, picture, and so embedding.in, clf.out and out_block.out, are channels-first. --compare wants
@@ -96,10 +97,14 @@ class Trace:
         self.record, self.passes, self.open = record and self.stage in self.stages, Counter(), []
 
     def add(self, name, tensor):
-        if not tensor.is_meta:  # always a copy: one block's `out` may be the next one's `in`
-            kind = torch.float32 if tensor.is_floating_point() else tensor.dtype
-            tensor = tensor.to("cpu", kind).clone(memory_format=torch.contiguous_format)
-        self.tensors[f"{self.prefix}.{name}".lstrip(".")] = tensor
+        device, kind = (
+            "meta" if tensor.is_meta else "cpu",
+            torch.float32 if tensor.is_floating_point() else tensor.dtype,
+        )
+        copy = tensor.to(device, kind).clone(
+            memory_format=torch.contiguous_format
+        )  # one's `out` is the next one's `in`
+        self.tensors[f"{self.prefix}.{name}".lstrip(".")] = copy
 
     def watch(self, network, stage):
         self.begin(stage)
@@ -222,21 +227,16 @@ def run(options):
     device, traced.device = traced.device, torch.device("meta")
     rehearsal = draw(traced, options)
     if rehearsal.unused:
-        raise CascadeError(
-            f"--blocks {min(rehearsal.unused)}: no such module runs in {', '.join(options.stages)}; "
-            "--list --blocks '*' shows them all"
-        )
-    size = sum(tensor.numel() * (4 if tensor.is_floating_point() else 8) for tensor in rehearsal.tensors.values())
+        raise CascadeError(f"--blocks {min(rehearsal.unused)}: no such module runs; --list --blocks '*' shows them all")
+    size = sum(tensor.nbytes for tensor in rehearsal.tensors.values())
     said = f"{len(rehearsal.tensors)} tensors, {size / 1e6:.1f} MB"
     if options.list:
         for name, tensor in rehearsal.tensors.items():
             print(name, *tensor.shape)
         return print(said)
     if size > 1e9 * options.limit:
-        raise CascadeError(
-            f"{out}: would be {said}, more than --limit {options.limit:g} GB; choose fewer --stages, "
-            "--blocks or --steps-recorded, or a smaller picture; --list shows what is large"
-        )
+        fewer = "record fewer --stages, --blocks or --steps-recorded, or a smaller picture; --list shows what is large"
+        raise CascadeError(f"{out}: would be {said}, more than --limit {options.limit:g} GB; {fewer}")
     traced.device, traced.progress = device, True
     tensors = draw(traced, options).tensors
     used = {name: value for name, value in vars(options).items() if name not in ("compare", "list", "out", "limit")}
@@ -284,9 +284,8 @@ def compare(path, other, tolerance):
     if first is None:
         print(f"all agree: the largest error is {max(errors.values())[0]:.1e} of the largest value")
     else:
-        print(
-            f"first departure: {first}: error {errors[first][0]:.1e} of the largest value, {errors[first][1]:.1e} in L2"
-        )
+        largest, norm = errors[first]
+        print(f"first departure: {first}: error {largest:.1e} of the largest value, {norm:.1e} in L2")
         if ours[first] != theirs[first]:
             hint = "; is one channels-first?" if sorted(ours[first]) == sorted(theirs[first]) else ""
             print(f"  its shape is {theirs[first]}, wanted is {ours[first]}{hint}")
@@ -313,19 +312,10 @@ def parse(arguments):
     add("--out", default="trace.safetensors", type=Path, metavar="FILE", help="(default: %(default)s)")
     add("--list", action="store_true", help="only prints what would be recorded; takes seconds at any size")
     add("--compare", nargs=2, metavar=("TRACE", "OTHER"), help="only compares; exit status 1 where OTHER departs")
-    add(
-        "--tolerance", type=float, default=1e-4, help="of --compare, of a tensor's largest value (default: %(default)s)"
-    )
+    add("--tolerance", type=float, default=1e-4, help="of --compare: of the largest value (default: %(default)s)")
     add("--stages", nargs="+", default=STAGES, choices=STAGES, help="whose blocks; stops after the last (default: all)")
     add("--blocks", nargs="+", default=[], metavar="PATTERN", help="(default: what each network itself calls)")
-    add(
-        "--steps-recorded",
-        nargs="+",
-        type=int,
-        default=[0, -1],
-        metavar="N",
-        help="the steps whose blocks are recorded; -1 is the last of either stage (default: 0 -1)",
-    )
+    add("--steps-recorded", nargs="+", type=int, default=[0, -1], metavar="N", help="whose blocks (default: 0 -1)")
     add("--limit", type=float, default=4, metavar="GB", help="writes no larger file (default: %(default)s)")
     add("--negative", default="", metavar="TEXT")
     add("--width", type=int)
@@ -337,7 +327,7 @@ def parse(arguments):
     add("--decoder-guidance", type=float, default=0.0, help="of Stage B (default: none)")
     add("--weights", type=Path, default=cascade.TINY, metavar="FOLDER", help="(default: the small cascade)")
     add("--lite", nargs="?", const=True, default=False, choices=["prior", "decoder"], help="as of cascade.py")
-    add("--device", default="cpu", help="(default: %(default)s, the same numbers everywhere)")
+    add("--device", default="cpu", help="(default: %(default)s)")
     add("--dtype", default="fp32", choices=cascade.DTYPES, help="of the run, not of the file (default: %(default)s)")
     add("--decoder-dtype", choices=cascade.DTYPES, help="of Stage B and A (default: as --dtype)")
     return parser.parse_args(arguments)
