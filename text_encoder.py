@@ -207,9 +207,7 @@ class ImageEncoder(nn.Module):
 
 def fit(picture, side):
     """An RGB picture of pillow's -> (3, S, S) in [0, 1]: the short side resized to S, bicubic, the middle cut out."""
-    width, height = picture.size
-    short = min(width, height)
-    width, height = side * width // short, side * height // short
+    width, height = (side * pixels // min(picture.size) for pixels in picture.size)
     left, top = (width - side) // 2, (height - side) // 2
     picture = picture.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + side, top + side))
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255                       # (3, S, S)

@@ -97,13 +97,9 @@ class Trace:
         self.record, self.passes, self.open = record and self.stage in self.stages, Counter(), []
 
     def add(self, name, tensor):
-        device, kind = (
-            "meta" if tensor.is_meta else "cpu",
-            torch.float32 if tensor.is_floating_point() else tensor.dtype,
-        )
-        copy = tensor.to(device, kind).clone(
-            memory_format=torch.contiguous_format
-        )  # one's `out` is the next one's `in`
+        device, kind = tensor.device if tensor.is_meta else "cpu", tensor.dtype
+        copy = tensor.to(device, torch.float32 if tensor.is_floating_point() else kind)
+        copy = copy.clone(memory_format=torch.contiguous_format)        # one's `out` is the next one's `in`
         self.tensors[f"{self.prefix}.{name}".lstrip(".")] = copy
 
     def watch(self, network, stage):
@@ -157,10 +153,11 @@ class Trace:
         for twin, source in zip(twins, sources):
             twin.set_state(source.get_state())
         self.add("timesteps", times), self.add("alpha_bar", sampler.alpha_bar(times))
+        rows = len(sources) * (1 + (guidance > 1))
         for name, value in condition.items():
-            self.add(f"condition.{name}", value)
+            self.add(f"condition.{name}", value[:rows])
         if unet.config.image:  # no picture is zeros; other implementations want to be given them
-            self.add("condition.clip_img", value.new_zeros(len(value), 1, unet.config.image))
+            self.add("condition.clip_img", value.new_zeros(rows, 1, unet.config.image))
         walk = sampler.sample(unet, shape, condition, steps, guidance, sources, recipe, **start)
         x = sampler.draw(twins, shape, "cpu")
         for i in range(steps):

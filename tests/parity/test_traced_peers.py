@@ -90,7 +90,7 @@ def test_diffusers_stage_a_fed_with_our_latent_draws_our_picture(folder, tensors
 
 
 def test_transformers_tower_fed_with_our_tokens_says_our_embeddings(folder, tensors):
-    peer = transformers_text(load_tower(folder / "text_encoder"))
+    peer = transformers_text(load_tower(folder / "text_encoder" / "model.safetensors"))
     hidden, pooled = last_hidden(peer, tensors["tokens.ids"], tensors["tokens.mask"])
     assert_same(hidden, tensors["text_encoder.hidden"])
     assert_same(pooled[:, None], tensors["text_encoder.pooled"])
