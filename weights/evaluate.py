@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
@@ -54,6 +55,12 @@ def reconstruct(cascade, scenes, batch=40):
     return np.concatenate(parts)
 
 
+def vary(cascade, scenes):
+    """Picture -> its embedding -> Stage C, with no prompt -> Stage B -> Stage A -> picture."""
+    given = [Image.fromarray(shapes.render(scene)) for scene in scenes]
+    return np.concatenate([cascade(variation_images=[picture], seed=i, output="np") for i, picture in enumerate(given)])
+
+
 @torch.inference_mode()
 def stage_a_alone(cascade, scenes):
     """Picture -> image latent -> picture."""
@@ -79,12 +86,14 @@ def main():
             rng = np.random.default_rng([SEED[held], int(two)])
             scenes = [shapes.sample_scene(rng, two, held) for _ in range(options.count)]
             row(f"{what}, {'held out' if held else 'seen'}", judged(scenes, draw(cascade, scenes)))
-    rng = np.random.default_rng(SEED[False])
-    scenes = [shapes.sample_scene(rng) for _ in range(options.count)]
-    for name, way in (("reconstruction", reconstruct), ("Stage A alone", stage_a_alone)):
-        pictures = way(cascade, scenes)
-        psnr = np.mean([-10 * np.log10(np.mean((a - b) ** 2)) for a, b in zip(true_pictures(scenes), pictures)])
-        row(f"{name} ({psnr:.1f} dB)", judged(scenes, pictures))
+    for held in (False, True):
+        rng, what = np.random.default_rng(SEED[held]), ", held out" if held else ""
+        scenes = [shapes.sample_scene(rng, held=held) for _ in range(options.count)]
+        row(f"variation{what}", judged(scenes, vary(cascade, scenes)))
+        for name, way in (("reconstruction", reconstruct), ("Stage A alone", stage_a_alone)):
+            pictures = way(cascade, scenes)
+            psnr = np.mean([-10 * np.log10(np.mean((a - b) ** 2)) for a, b in zip(true_pictures(scenes), pictures)])
+            row(f"{name}{what} ({psnr:.1f} dB)", judged(scenes, pictures))
 
     red = [sum(any(thing.colour == "red" for thing in shapes.judge((picture * 255).round().astype(np.uint8)).things)
                for picture in cascade([f"a {shape}" for shape in shapes.SHAPES], unwanted, images=8, output="np"))
