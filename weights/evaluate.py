@@ -9,10 +9,12 @@ everything (shapes.full_caption), pictures use the default options and the seeds
 """
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 HERE = Path(__file__).resolve().parent
@@ -69,6 +71,29 @@ def stage_a_alone(cascade, scenes):
     return stage_a.decode(stage_a.encode(images)).clamp(0, 1).permute(0, 2, 3, 1).numpy()
 
 
+@torch.inference_mode()
+def chosen(cascade, choices):
+    """Lists of scenes, the true one first -> the share, in percent, of those whose picture is nearest to its own
+    caption in what the two towers make of them."""
+    seen = cascade.look([Image.fromarray(shapes.render(scenes[0])) for scenes in choices])                  # (n, E)
+    said = cascade.read([shapes.full_caption(scene) for scenes in choices for scene in scenes]).pooled      # (2P, 1, E)
+    said = F.normalize(said[:len(said) // 2], dim=-1).view(len(choices), -1, seen.shape[1])                 # (n, k, E)
+    return 100 * ((said @ seen[:, :, None]).argmax(dim=1) == 0).float().mean().item()
+
+
+def with_shapes(scene):
+    """One thing, then the same with every other shape."""
+    thing, = scene.things
+    return [scene] + [replace(scene, things=(replace(thing, shape=shape),)) for shape in shapes.SHAPES
+                      if shape != thing.shape]
+
+
+def exchanged(scene):
+    """Two things, then the same with their places exchanged."""
+    a, b = scene.things
+    return [scene, replace(scene, things=(replace(a, x=b.x, y=b.y), replace(b, x=a.x, y=a.y)))]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, default=HERE / "tiny")
@@ -95,10 +120,19 @@ def main():
             psnr = np.mean([-10 * np.log10(np.mean((a - b) ** 2)) for a, b in zip(true_pictures(scenes), pictures)])
             row(f"{name}{what} ({psnr:.1f} dB)", judged(scenes, pictures))
 
+    print()
+    for two, others, what in ((0.0, with_shapes, "the same thing in the five other shapes"),
+                              (1.0, exchanged, "its two things in each other's place")):
+        found = []
+        for held in (False, True):
+            rng = np.random.default_rng([SEED[held], int(two)])
+            scenes = [shapes.sample_scene(rng, two, held) for _ in range(options.count)]
+            found.append(chosen(cascade, [others(scene) for scene in scenes]))
+        print(f"The towers tell a picture's caption from that of {what}: {found[0]:.1f} %, held out {found[1]:.1f} %.")
     red = [sum(any(thing.colour == "red" for thing in shapes.judge((picture * 255).round().astype(np.uint8)).things)
                for picture in cascade([f"a {shape}" for shape in shapes.SHAPES], unwanted, images=8, output="np"))
            for unwanted in ("", "red")]
-    print(f"\nOf 48 pictures of 'a circle', 'a square' ... {red[0]} have a red thing; "
+    print(f"Of 48 pictures of 'a circle', 'a square' ... {red[0]} have a red thing; "
           f"with 'red' as the negative prompt {red[1]} have one.")
 
 
