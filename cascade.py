@@ -442,7 +442,7 @@ def run(options):
     if options.decoder_guidance is None:
         options.decoder_guidance = RECIPES[used["recipe"]].decoder_guidance
     pictures = cascade.decode(latents, text, "", *size, options.decoder_steps, options.decoder_guidance, seed,
-                              int(used["steps"] * used["strength"]), "np", used["recipe"])
+                              int(used["steps"] * used.get("strength", 1)), "np", used["recipe"])
     if options.reconstruct:
         true = ImageOps.fit(open_picture(options.reconstruct), size, Image.Resampling.BICUBIC)
         error = ((pictures[0] - np.asarray(true) / 255) ** 2).mean()
