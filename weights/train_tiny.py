@@ -1,6 +1,6 @@
 """Trains a whole small Stable Cascade from nothing on two CPU cores, with the official classes unchanged.
 
-    python weights/train_tiny.py all                            # one stage after the other: some four hours of one core
+    python weights/train_tiny.py all                            # one stage after the other: some five hours of one core
     python weights/train_tiny.py all --quick --out /tmp/quick   # a minute: proves that everything runs, draws nothing
 
 The chapters, in the order of the file (b needs a and encoder, c needs clip):
@@ -253,14 +253,13 @@ def train_clip(options):
     through the same plain decoder, which is thrown away: that asks for shapes, sizes and who stands where."""
     tokenizer = Tokenizer(options.out / "tokenizer", TEXT.length)
     text = TextEncoder(replace(TEXT, vocabulary=tokenizer.bpe.get_vocab_size(), end=tokenizer.end))
+    image, all_scenes, semantics = ImageEncoder(IMAGE), *described(options)
     nn.init.normal_(text.text_model.embeddings.token_embedding.weight, std=0.2)
     nn.init.normal_(text.text_model.embeddings.position_embedding.weight, std=0.1)
-    image = ImageEncoder(IMAGE)
     nn.init.normal_(image.vision_model.embeddings.position_embedding.weight, std=0.1)
     decoder = nn.Sequential(nn.Linear(TEXT.projection, 512), nn.GELU(), nn.Linear(512, 144))
     network = nn.ModuleDict({"text": text, "image": image, "decoder": decoder})
     network.scale = nn.Parameter(torch.tensor(2.7))                                     # of the logits, as a logarithm
-    all_scenes, semantics = described(options)
 
     def loss_of(step):
         rng = np.random.default_rng([6, step])
@@ -329,7 +328,7 @@ def train_b(options):
         return stage_a.decode(guess(unet, images[:8].float(), clip_text_pooled=torch.zeros(8, 1, 128),
                                     effnet=semantics[:8].float()))
 
-    unet = train("b", unet, loss_of, options.steps or 8000, 2e-3, options.work, muon, show)
+    unet = train("b", unet, loss_of, options.steps or 12000, 2e-3, options.work, muon, show)
     publish(unet, options.out / "stage_b.safetensors")
 
 
@@ -357,7 +356,7 @@ def train_c(options):
         return noise_loss(unet, semantics[rows].float(), clip_text_pooled=pooled, clip_text=hidden,
                           clip_img=picture)
 
-    unet = train("c", unet, loss_of, options.steps or 8500, 2e-3, options.work, muon)
+    unet = train("c", unet, loss_of, options.steps or 6300, 2e-3, options.work, muon)
     publish(unet, options.out / "stage_c.safetensors", {"width": str(shapes.SIDE), "height": str(shapes.SIDE)})
 
 
