@@ -328,7 +328,7 @@ def train_b(options):
         return stage_a.decode(guess(unet, images[:8].float(), clip_text_pooled=torch.zeros(8, 1, 128),
                                     effnet=semantics[:8].float()))
 
-    unet = train("b", unet, loss_of, options.steps or 12000, 2e-3, options.work, muon, show)
+    unet = train("b", unet, loss_of, options.steps or 11000, 2e-3, options.work, muon, show)
     publish(unet, options.out / "stage_b.safetensors")
 
 
@@ -356,7 +356,7 @@ def train_c(options):
         return noise_loss(unet, semantics[rows].float(), clip_text_pooled=pooled, clip_text=hidden,
                           clip_img=picture)
 
-    unet = train("c", unet, loss_of, options.steps or 6300, 2e-3, options.work, muon)
+    unet = train("c", unet, loss_of, options.steps or 5300, 2e-3, options.work, muon)
     publish(unet, options.out / "stage_c.safetensors", {"width": str(shapes.SIDE), "height": str(shapes.SIDE)})
 
 
