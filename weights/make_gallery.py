@@ -3,6 +3,7 @@ prompts and seeds stand here.
 
     python weights/make_gallery.py
 """
+import math
 import sys
 import textwrap
 from pathlib import Path
@@ -15,10 +16,10 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import shapes                                                                           # noqa: E402
-from cascade import Cascade                                                             # noqa: E402
+from cascade import COMPRESSION, Cascade                                                # noqa: E402
 from evaluate import reconstruct, true_pictures                                         # noqa: E402
 from model import load                                                                  # noqa: E402
-from sampler import generators, sample                                                  # noqa: E402
+from sampler import draw, generators, sample                                            # noqa: E402
 
 GALLERY = HERE / "gallery"
 CELL, GAP, LINE = 128, 8, 14
@@ -32,7 +33,7 @@ HELD_OUT = ["a large purple circle on a white background", "an orange square",
             "a red circle above a blue star", "a black star right of a yellow square"]
 
 
-def sheet(name, rows):
+def grid(rows):
     """rows of (picture, words): a picture is (H, W, 3) in [0, 1], the words stand below it."""
     font, lines = ImageFont.load_default(11), []
     for row in rows:
@@ -48,8 +49,31 @@ def sheet(name, rows):
             for n, words in enumerate(text):
                 draw.text((x, y + CELL + 2 + n * LINE), words, "#333333", font)
         y += height
-    canvas.save(GALLERY / f"{name}.png")
+    return canvas
+
+
+def sheet(name, rows):
+    grid(rows).save(GALLERY / f"{name}.png")
     print(GALLERY / f"{name}.png", flush=True)
+
+
+@torch.inference_mode()
+def journey(cascade, prompt, seed):
+    """A picture on its way, with the default options: what the text tower says, then for Stage C and Stage B the noise
+    and, after every step, the latent and the guess at the clean one."""
+    def walk(name, shape, condition, steps, guidance):
+        state = source[0].get_state()
+        start = draw(source, shape, "cpu")
+        source[0].set_state(state)                      # the walk draws the same noise again
+        return start, list(sample(cascade.network(name), shape, condition, steps, guidance, source))
+
+    text, source = cascade.read(prompt), generators(seed, 1)
+    condition = {"clip_text": text.hidden, "clip_text_pooled": text.pooled}
+    width, height = cascade.size(None, None)
+    noise_c, c = walk("stage_c", (16, *(math.ceil(n / COMPRESSION) for n in (height, width))), condition, 20, 4.0)
+    condition = {"clip_text_pooled": text.pooled[:1], "effnet": c[-1][0]}
+    noise_b, b = walk("stage_b", (4, *(2 * math.ceil(n / 8) for n in (height, width))), condition, 10, 0.0)
+    return text, (noise_c, c), (noise_b, b)
 
 
 def prompts(cascade):
@@ -86,12 +110,7 @@ def negative(cascade):
 def steps(cascade):
     """Stage C through the previewer, then Stage B, noise and all, through Stage A."""
     previewer = load(cascade.folder / "previewer.safetensors", dtype=torch.float32)
-    text = cascade.read("a small yellow star above a large blue circle")
-    source = generators(3, 1)
-    condition = {"clip_text": text.hidden, "clip_text_pooled": text.pooled}
-    c = list(sample(cascade.network("stage_c"), (16, 3, 3), condition, 20, 4.0, source))
-    condition = {"clip_text_pooled": text.pooled[:1], "effnet": c[-1][0]}
-    b = list(sample(cascade.network("stage_b"), (4, 32, 32), condition, 10, 0.0, source))
+    _, (_, c), (_, b) = journey(cascade, "a small yellow star above a large blue circle", 3)
     rows = []
     for stage, see, latents, chosen in (("C", previewer, c, (1, 3, 6, 9, 12, 15, 18, 20)),
                                         ("B", cascade.network("stage_a").decode, b, (1, 2, 3, 4, 5, 6, 8, 10))):
