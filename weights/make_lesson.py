@@ -302,7 +302,7 @@ def unet(folder, cascade):
     unet_panel(drawing, 418, "Stage B lite", b, 256, cascade.network("stage_b").config,
                2 * math.ceil(cascade.size(None, None)[0] / 8),
                [*inputs(b, "pooled", clip), f"semantic latent {b.semantic} × 24 × 24, added after embedding"])
-    notes = ["In brackets: the small cascade.", "The skip goes to the first R of its level, in every repeat.", ""]
+    notes = ["In brackets: the small cascade.", "The skip goes to the first R of its level, in every repeat."]
     for name, title in (("stage_c", "Stage C"), ("stage_b", "Stage B")):
         levels = zip(UNETS[name].widths, map(groups, UNETS[name].down))
         full = f"Full {title}: " + ", ".join(f"{unit} × {count} at {wide}" for wide, (unit, count) in levels)
