@@ -129,7 +129,7 @@ def architecture(folder, cascade, run):
     drawing.arrow((x, 39), (x, 62))
     drawing.box(x, 84, 220, 44, "*Tokenizer*", "text_encoder.Tokenizer")
     drawing.arrow((x, 106), (x, 122))
-    drawing.data(x, 135, 220, f"ids and mask, (B, {tiny['text_encoder'].config.length}) each")
+    drawing.data(x, 135, 220, f"ids, mask (B, {TextConfig().length}) [(B, {tiny['text_encoder'].config.length})]")
     drawing.arrow((x, 148), (x, 164))
     drawing.box(x, 194, 220, 60, "*Text tower*", "text_encoder.TextEncoder",
                 f"~{size(net['text'])} [{size(tiny['text_encoder'])}]")
@@ -408,8 +408,8 @@ def schedule(folder, cascade):
 
 
 def read(folder, cascade, run):
-    """The tokens, and below each of the 77 rows of `hidden` as a column of colours."""
-    tower, text, zoom = cascade.network("text_encoder"), run[0], 10
+    """The tokens, and below every row of `hidden` as a column of colours."""
+    tower, text = cascade.network("text_encoder"), run[0]
     tokenizer = Tokenizer(cascade.folder / "tokenizer", tower.config.length)
     ids, mask = (row[0].tolist() for row in tokenizer(PROMPT))
     used = sum(mask)
@@ -417,7 +417,8 @@ def read(folder, cascade, run):
     shown = [(word.replace("<|", "").replace("|>", "").replace("oftext", ""), str(number))
              for word, number in zip(tokens[:used], ids)]
     shown += [("the same", f"{ids[-1]},  {len(ids) - used}  times")]
-    hidden, pooled = text.hidden[0], text.pooled[0]                                     # (77, D), (1, D)
+    hidden, pooled = text.hidden[0], text.pooled[0]                                     # (L, D), (1, D)
+    zoom = 772 // len(ids)                                                              # a column's width
     left = (WIDTH - zoom * len(ids)) // 2
     canvas = Image.new("RGB", (WIDTH, 72 + 2 * hidden.shape[1] + 78), "white")
     draw, font, small = ImageDraw.Draw(canvas), ImageFont.load_default(12), ImageFont.load_default(11)
@@ -432,7 +433,7 @@ def read(folder, cascade, run):
     y, most = 66, float(hidden.abs().quantile(0.99))
     draw.text((left, y - 15), f"hidden: {len(ids)} columns, one per token, of {hidden.shape[1]} numbers; blue is "
               f"below 0, orange above, full colour at {most:.1f}", INK, font)
-    drawn = (colours(hidden.T, most) * 255).round().astype(np.uint8)                    # (D, 77, 3)
+    drawn = (colours(hidden.T, most) * 255).round().astype(np.uint8)                    # (D, L, 3)
     drawn = Image.fromarray(drawn).resize((zoom * len(ids), 2 * hidden.shape[1]), Image.Resampling.NEAREST)
     canvas.paste(drawn, (left, y))
     bottom = y + drawn.height
