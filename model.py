@@ -122,7 +122,7 @@ class ResidualBlock(nn.Module):
         self.depthwise = Conv2d(c, c, 3, padding=1, groups=c)
         self.norm = LayerNorm(c)
         self.channelwise = nn.Sequential(nn.Linear(c + c_skip, 4 * c), nn.GELU(), GlobalResponseNorm(4 * c),
-                                         nn.Identity(), nn.Linear(4 * c, c))
+                                         nn.Identity(), nn.Linear(4 * c, c))            # the names count a dropout
 
     def forward(self, x, t, cond, skip):
         y = self.norm(self.depthwise(x))                                                # (B, y, x, C)
@@ -141,8 +141,9 @@ class TimestepBlock(nn.Module):
 
     def forward(self, x, t, cond, skip):
         chunks = t.chunk(len(self.mappers), dim=1)                                      # each (B, 64)
-        a, b = sum(getattr(self, name)(chunk) for name, chunk in zip(self.mappers, chunks)).chunk(2, dim=1)
-        return x * (1 + a[:, None, None]) + b[:, None, None]
+        mapped = sum(getattr(self, name)(chunk) for name, chunk in zip(self.mappers, chunks))       # (B, 2C)
+        scale, shift = mapped[:, None, None].chunk(2, dim=-1)                           # each (B, 1, 1, C)
+        return x * (1 + scale) + shift
 
 
 class Attention(nn.Module):
@@ -208,7 +209,7 @@ class UNet(nn.Module):
         self.down_blocks = nn.ModuleList(self._level(widths[i], config.down[i]) for i in levels)
         self.down_repeat_mappers = nn.ModuleList(
             nn.ModuleList(Conv2d(c, c, 1) for _ in range(n - 1)) for c, n in zip(widths, config.down_repeat))
-        deepest_first = list(enumerate(reversed(levels)))
+        deepest_first = list(enumerate(reversed(levels)))           # j counts the way up, i is the level
         self.up_blocks = nn.ModuleList(
             self._level(widths[i], config.up[j], c_skip=widths[i] if j else 0) for j, i in deepest_first)
         self.up_repeat_mappers = nn.ModuleList(
@@ -292,7 +293,7 @@ class UNet(nn.Module):
     def _run(blocks, mappers, x, t, cond, skip=None):
         """A level: its blocks in order and, where it repeats, a 1x1 convolution before each further pass."""
         for mapper in [None, *mappers]:
-            x = x if mapper is None else mapper(x)
+            x = mapper(x) if mapper else x
             for block in blocks:
                 x = block(x, t, cond, skip)
         return x

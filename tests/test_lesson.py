@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
+from exercises import EXERCISES
 from make_gallery import journey
 from make_lesson import PROMPT, SEED, groups
 from PIL import Image, ImageFont
@@ -76,3 +77,9 @@ def test_the_run_in_the_figures_is_the_one_that_the_command_makes():
     _, (_, c), (_, b) = journey(cascade, PROMPT, SEED)
     assert torch.equal(c[-1][0], cascade.prior(PROMPT, seed=SEED))
     assert torch.equal(b[-1][0], cascade(PROMPT, seed=SEED, output="latent"))
+
+
+@pytest.mark.parametrize("file, old, new", EXERCISES)
+def test_an_exercise_changes_one_line_that_is_there(file, old, new):
+    lines = [line for line in (ROOT / file).read_text("utf-8").splitlines() if old in line]
+    assert len(lines) == 1 and new != old

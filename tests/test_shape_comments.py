@@ -97,7 +97,8 @@ LETTERS = {
     "Cascade.prior": "N = images * texts(prompts); h, w = grid(height, width); "
     "L, D, E = TEXT.length, TEXT.width, IMAGE.projection; "
     "n = len(variation_images) if variation_images is not None else 0",
-    "Cascade.decode": "N, _, h, w = latents.shape; D = TEXT.width; H, W = height, width; y, x = (2 * side for side in grid(H, W, 8))",
+    "Cascade.decode": "N, _, h, w = latents.shape; D = TEXT.width; H, W = height, width; "
+    "y, x = (2 * side for side in grid(H, W, 8))",
     "previews.watch": "N, _, h, w = x0.shape",
 }
 

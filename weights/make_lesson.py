@@ -315,7 +315,8 @@ def unet(folder, cascade):
         (96, ["depthwise", "conv 3 × 3"]), (50, ["norm"]), (110, ["join the skip", "~going up, once"]),
         (70, ["linear", "C to 4C"]), (50, ["GELU"]), (92, ["GlobalRe-", "sponseNorm"]), (70, ["linear", "4C to C"])])
     chain(drawing, 700, "T  TimestepBlock", "scales and shifts every channel by the time", "t", [
-        (250, ["linear, 64 to 2C, for each kind of time", "summed: a and b, C numbers each"]), (120, ["x · a + b"])])
+        (250, ["linear, 64 to 2C, for each kind of time", "summed: scale and shift, C numbers each"]),
+        (120, ["x · scale + shift"])])
     chain(drawing, 778, "A  AttentionBlock", "every position looks at all positions and at the condition", "x", [
         (50, ["norm"]), (170, ["query, key and value", "of every position"]),
         (220, ["key and value of the condition's", "tokens (SiLU, linear) beside them"]),
