@@ -38,12 +38,10 @@ class CascadeError(Exception):
 
 
 # ------------------------------------------------------------------------------------------------ layers, channels-last
-# A 1x1 convolution is a linear on its flattened weight.
-
 class Conv2d(nn.Conv2d):                                # (B, y, x, C) -> (B, y//s, x//s, C')
     def forward(self, x):
         if self.kernel_size == (1, 1):
-            return F.linear(x, self.weight.flatten(1), self.bias)
+            return F.linear(x, self.weight.flatten(1), self.bias)       # a 1x1 convolution is a linear
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
@@ -77,15 +75,14 @@ def resize(x, size):
 @dataclass(frozen=True)
 class UNetConfig:
     """Levels are listed from the outermost in, `up` from the innermost out. A level is a string of block kinds:
-    R residual, T timestep, A attention; it is passed `repeat` times. The official ones:
+    R residual, T timestep, A attention; it is passed `repeat` times. The official ones, whose `up` mirrors `down` and
+    whose way down has no repeats:
 
         file            widths                  down                            up repeats      parameters
         stage_c         2048 2048               RTA x 8, 24                     1 1             3589 M
         stage_c_lite    1536 1536               RTA x 4, 12                     1 1             1031 M
         stage_b         320 640 1280 1280       RT x 2, 6, RTA x 28, 6          3 3 2 2         1563 M
         stage_b_lite    320 576 1152 1152       RT x 2, 4, RTA x 14, 4          2 2 2 2         700 M
-
-    `up` mirrors `down`; no way down repeats.
     """
     widths: tuple[int, ...]                     # channels of each level
     down: tuple[str, ...]
@@ -369,7 +366,6 @@ class StageA(nn.Module):
 
 # ------------------------------------------------------------------------------------------------ the semantic encoder
 # From here on channels-first, (B, C, H, W): convolutions and batch norms only.
-
 @dataclass(frozen=True)
 class SemanticEncoderConfig:
     """EfficientNet-V2-S. A stage is (fused, expansion, channels, blocks)."""

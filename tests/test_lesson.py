@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 from exercises import EXERCISES
-from make_gallery import journey
-from make_lesson import PROMPT, SEED, groups
+from make_lesson import PROMPT, SEED, groups, journey
 from PIL import Image, ImageFont
 from test_official import UNETS
 

@@ -3,23 +3,19 @@ prompts and seeds stand here.
 
     python weights/make_gallery.py
 """
-import math
 import sys
 import textwrap
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import shapes                                                                           # noqa: E402
-from cascade import COMPRESSION, Cascade                                                # noqa: E402
+from cascade import Cascade                                                             # noqa: E402
 from evaluate import reconstruct, true_pictures                                         # noqa: E402
-from model import load                                                                  # noqa: E402
-from sampler import draw, generators, sample                                            # noqa: E402
 
 GALLERY = HERE / "gallery"
 CELL, GAP, LINE = 128, 8, 14
@@ -57,25 +53,6 @@ def sheet(name, rows):
     print(GALLERY / f"{name}.png", flush=True)
 
 
-@torch.inference_mode()
-def journey(cascade, prompt, seed):
-    """A picture on its way, with the default options: what the text tower says, then for Stage C and Stage B the noise
-    and, after every step, the latent and the guess at the clean one."""
-    def walk(name, shape, condition, steps, guidance):
-        state = source[0].get_state()
-        start = draw(source, shape, "cpu")
-        source[0].set_state(state)                      # the walk draws the same noise again
-        return start, list(sample(cascade.network(name), shape, condition, steps, guidance, source))
-
-    text, source = cascade.read(prompt), generators(seed, 1)
-    condition = {"clip_text": text.hidden, "clip_text_pooled": text.pooled}
-    width, height = cascade.size(None, None)
-    noise_c, c = walk("stage_c", (16, *(math.ceil(n / COMPRESSION) for n in (height, width))), condition, 20, 4.0)
-    condition = {"clip_text_pooled": text.pooled[:1], "effnet": c[-1][0]}
-    noise_b, b = walk("stage_b", (4, *(2 * math.ceil(n / 8) for n in (height, width))), condition, 10, 0.0)
-    return text, (noise_c, c), (noise_b, b)
-
-
 def prompts(cascade):
     rows = []
     for group, mark in ((PROMPTS, ""), (HELD_OUT, "held out: ")):
@@ -104,20 +81,6 @@ def negative(cascade):
         drawn, words = cascade("a circle", unwanted, images=8, seed=0, output="np"), unwanted and f", not {unwanted}"
         rows.append([(picture, f"a circle{words}, seed {i}") for i, picture in enumerate(drawn)])
     sheet("negative", rows)
-
-
-@torch.inference_mode()
-def steps(cascade):
-    """Stage C through the previewer, then Stage B, noise and all, through Stage A."""
-    previewer = load(cascade.folder / "previewer.safetensors", dtype=torch.float32)
-    _, (_, c), (_, b) = journey(cascade, "a small yellow star above a large blue circle", 3)
-    rows = []
-    for stage, see, latents, chosen in (("C", previewer, c, (1, 3, 6, 9, 12, 15, 18, 20)),
-                                        ("B", cascade.network("stage_a").decode, b, (1, 2, 3, 4, 5, 6, 8, 10))):
-        for kind, words in enumerate(("", ", guess")):
-            rows.append([(see(latents[i - 1][kind])[0].permute(1, 2, 0).numpy(), f"Stage {stage}, step {i}{words}")
-                         for i in chosen])
-    sheet("steps", rows)
 
 
 def reconstruction(cascade):
@@ -151,5 +114,5 @@ if __name__ == "__main__":
     GALLERY.mkdir(exist_ok=True)
     small = Cascade(keep=True)
     small("a large red circle on a white background")[0].save(GALLERY / "picture.png")
-    for draw_sheet in (prompts, seeds, guidance, negative, steps, reconstruction, variations, starts):
+    for draw_sheet in (prompts, seeds, guidance, negative, reconstruction, variations, starts):
         draw_sheet(small)

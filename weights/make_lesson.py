@@ -32,9 +32,9 @@ sys.path[:0] = [str(HERE.parent), str(HERE), str(HERE.parent / "tests")]
 import operators                                                                        # noqa: E402
 import shapes                                                                           # noqa: E402
 from cascade import COMPRESSION, Cascade                                                # noqa: E402
-from make_gallery import CELL, GALLERY, grid, journey                                   # noqa: E402
+from make_gallery import CELL, GALLERY, grid                                            # noqa: E402
 from model import CLIP_TOKENS, HEAD_WIDTH                                              # noqa: E402
-from sampler import alpha_bar, timesteps                                                # noqa: E402
+from sampler import alpha_bar, draw, generators, sample, timesteps                      # noqa: E402
 from test_official import UNETS, on_meta                                                # noqa: E402
 from text_encoder import TextConfig, Tokenizer                                          # noqa: E402
 
@@ -49,6 +49,25 @@ INK, GREY, LINE, PALE, BLUE, ORANGE = "#222222", "#767676", "#a0a0a0", "#eaf0f8"
 def written(name, folder):
     print(folder / name, flush=True)
     return folder / name
+
+
+@torch.inference_mode()
+def journey(cascade, prompt, seed):
+    """A picture on its way, with the default options: what the text tower says, then for Stage C and Stage B the noise
+    and, after every step, the latent and the guess at the clean one."""
+    def walk(name, shape, condition, steps, guidance):
+        state = source[0].get_state()
+        start = draw(source, shape, "cpu")
+        source[0].set_state(state)                      # the walk draws the same noise again
+        return start, list(sample(cascade.network(name), shape, condition, steps, guidance, source))
+
+    text, source = cascade.read(prompt), generators(seed, 1)
+    condition = {"clip_text": text.hidden, "clip_text_pooled": text.pooled}
+    width, height = cascade.size(None, None)
+    noise_c, c = walk("stage_c", (16, *(math.ceil(n / COMPRESSION) for n in (height, width))), condition, 20, 4.0)
+    condition = {"clip_text_pooled": text.pooled[:1], "effnet": c[-1][0]}
+    noise_b, b = walk("stage_b", (4, *(2 * math.ceil(n / 8) for n in (height, width))), condition, 10, 0.0)
+    return text, (noise_c, c), (noise_b, b)
 
 
 # ---- line drawings ---------------------------------------------------------------------------------------------------
