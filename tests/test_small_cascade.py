@@ -46,7 +46,7 @@ def same_thing(scene, found):
 def test_a_picture_shows_what_its_prompt_says(small, two, held):
     wanted = scenes(16, two, held=held)
     pictures = small([shapes.full_caption(scene) for scene in wanted], output="np")
-    assert judged(wanted, pictures)[-1] >= (60 if held else 75)
+    assert judged(wanted, pictures)[-1] >= (70 if held else 80)
 
 
 def test_the_towers_know_shapes_and_who_stands_where(small):
@@ -74,15 +74,10 @@ def test_the_negative_prompt_is_heeded(small):
     assert red[1] < max(1, red[0])
 
 
-def test_a_variation_keeps_ground_and_colour_and_some_shapes(small):
+def test_a_variation_keeps_shape_colour_and_ground(small):
     wanted = scenes(12, two=0.0, seed=4000)
     found = [seen(small(variation_images=[picture(one)], seed=i, output="np"))[0] for i, one in enumerate(wanted)]
-    assert share([same_thing(*pair) for pair in zip(wanted, found)]) >= 0.25
-    grounds_and_colours = [
-        (one.ground, one.things[0].colour) == (other.ground, other.things[0].colour) if other.things else False
-        for one, other in zip(wanted, found)
-    ]
-    assert share(grounds_and_colours) >= 0.7
+    assert share([same_thing(*pair) for pair in zip(wanted, found)]) >= 0.7
 
 
 def test_a_start_of_low_strength_keeps_its_place_and_one_of_high_strength_follows_the_prompt(small):
@@ -98,7 +93,7 @@ def test_a_start_of_low_strength_keeps_its_place_and_one_of_high_strength_follow
         (far,) = seen(small(prompt, init_image=picture(scene), strength=1.0, seed=i, output="np"))
         right.append(same_thing(other, far))
     assert len(moved) >= 7 and np.median(moved) < 4
-    assert share(right) >= 0.5
+    assert share(right) >= 0.7
 
 
 def test_the_previewer_shows_what_the_latent_holds(small):
