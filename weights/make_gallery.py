@@ -8,6 +8,7 @@ import textwrap
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
 HERE = Path(__file__).resolve().parent
@@ -110,9 +111,22 @@ def starts(cascade):
     sheet("starts", [rows])
 
 
+def recipes(cascade):
+    """The ways to sample, then what --previews saves of the first."""
+    prompt, cells, seen = "a small blue star left of a large yellow ring", [], {}
+    for words, how in (("the default", {}), ("--recipe original", {"recipe": "original"}),
+                       ("--recipe lcm", {"recipe": "lcm"}), ("--guidance-interval 0.2 0.8", {"interval": (0.2, 0.8)})):
+        drawn = cascade(prompt, images=2, seed=0, output="np", **how)
+        cells += [(picture, f"{words}, seed {i}") for i, picture in enumerate(drawn)]
+    cascade.prior(prompt, seed=0, watch=seen.__setitem__)
+    with torch.inference_mode():
+        shown = {i: cascade.network("previewer")(seen[i])[0].clamp(0, 1).permute(1, 2, 0).numpy() for i in seen}
+    sheet("recipes", [cells, [(shown[i], f"--previews, step {i}") for i in (1, 3, 6, 9, 12, 15, 18, 20)]])
+
+
 if __name__ == "__main__":
     GALLERY.mkdir(exist_ok=True)
     small = Cascade(keep=True)
     small("a large red circle on a white background")[0].save(GALLERY / "picture.png")
-    for draw_sheet in (prompts, seeds, guidance, negative, reconstruction, variations, starts):
+    for draw_sheet in (prompts, seeds, guidance, negative, reconstruction, variations, starts, recipes):
         draw_sheet(small)
