@@ -9,23 +9,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from test_pipeline import FEW, command
-from tiny import write_folder
 
 import cascade
-from cascade import Cascade, CascadeError, open_picture
+from cascade import CascadeError, open_picture
 from text_encoder import fit
 
 SIZE = {"width": 100, "height": 90}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_folder(tmp_path_factory.mktemp("tiny"), seed=1)
-
-
-@pytest.fixture(scope="module")
-def pipeline(folder):
-    return Cascade(folder, keep=True)
 
 
 @pytest.fixture(scope="module")

@@ -26,16 +26,6 @@ ROOT = Path(__file__).resolve().parent.parent
 FEW = {"steps": 3, "decoder_steps": 2}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_folder(tmp_path_factory.mktemp("tiny"), seed=1)
-
-
-@pytest.fixture(scope="module")
-def pipeline(folder):
-    return Cascade(folder, keep=True)
-
-
 def command(*arguments, cwd=None):
     return subprocess.run(
         [sys.executable, ROOT / "cascade.py", *map(str, arguments)], capture_output=True, text=True, cwd=cwd

@@ -1,6 +1,6 @@
 """Golden activations: all that happens between a prompt and its picture, for a port to check itself against.
 
-    python tests/trace.py "a large red circle" --out trace.safetensors              the small cascade: seconds, 11 MB
+    python tests/trace.py "a large red circle" --out trace.safetensors              the small cascade: seconds, 10 MB
     python tests/trace.py --compare trace.safetensors mine.safetensors              where does mine depart?
     python tests/trace.py --list --weights weights/official --lite                  names, shapes and size; no run
     python tests/trace.py "an astronaut" --weights weights/official --lite --stages stage_c --steps-recorded 0   1.4 GB
