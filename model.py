@@ -9,9 +9,10 @@ Modules carry the names of the official single files, so each loads strictly. `l
 the diffusers layout, and tells and sizes the network by the tensors inside.
 
 Letters: B batch, C channels, C' those that come out, H W pixels, h w the semantic latent's sides, y x the sides of the
-grid at hand, T its tokens, p a patch's side, s stride, L text tokens, D text width, n pictures seen, E width of their
-embeddings (768), N condition tokens, K codes (8192). Inside the UNet and Stage A the stream is channels-last,
-(B, y, x, C): norms, linears, GRN and attention all work on the last axis; only what goes in and out is channels-first.
+grid at hand, T its tokens, T' those that they look at, p a patch's side, s stride, L text tokens, D text width, n
+pictures seen, E width of their embeddings (768), N condition tokens, K codes (8192). Inside the UNet and Stage A the
+stream is channels-last, (B, y, x, C): norms, linears, GRN and attention all work on the last axis; only what goes in
+and out is channels-first.
 
 Sources: Pernias et al., "Wuerstchen" (2023), arXiv 2306.00637; the official files of stabilityai/stable-cascade;
 ConvNeXt V2 (GRN), arXiv 2301.00808; EfficientNetV2, arXiv 2104.00298; Paella (Stage A), arXiv 2211.07292.
@@ -38,16 +39,39 @@ class CascadeError(Exception):
 
 
 # ------------------------------------------------------------------------------------------------ layers, channels-last
+def wide(x):
+    """fp16 ends at 65504, a UNet's stream does not: beside fp16 weights it is fp32, and products alone are fp16. This
+    is called in one place; from there the types of the stream and of the weights decide."""
+    return x.float() if x.dtype == torch.float16 else x
+
+
+def linear(x, weight, bias):
+    """F.linear in the weights' type. Where x is wider, each row is scaled to 32 at most: neither it nor its answer, if
+    that is not 2047 times as large, leaves fp16 then."""
+    if x.dtype.itemsize <= weight.dtype.itemsize:
+        return F.linear(x, weight, bias)                                                # (*rest, C')
+    size = (torch.linalg.vector_norm(x, math.inf, dim=-1, keepdim=True) / 32).clamp(min=1)
+    return F.linear((x / size).to(weight.dtype), weight) * size + bias                  # (*rest, C')
+
+
+class Linear(nn.Linear):                                # (*rest, C) -> (*rest, C')
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
+
+
 class Conv2d(nn.Conv2d):                                # (B, y, x, C) -> (B, y//s, x//s, C')
     def forward(self, x):
         if self.kernel_size == (1, 1):
-            return F.linear(x, self.weight.flatten(1), self.bias)       # a 1x1 convolution is a linear
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            return linear(x, self.weight.flatten(1), self.bias)         # a 1x1 convolution is a linear
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)       # cheap in fp32: depthwise, or few
+        y = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, self.stride, self.padding, groups=self.groups)
+        return y.permute(0, 2, 3, 1)
 
 
 class ConvTranspose2d(nn.ConvTranspose2d):              # (B, y, x, C) -> (B, 2y, 2x, C')
     def forward(self, x):
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return F.conv_transpose2d(x.permute(0, 3, 1, 2), weight, bias, self.stride, self.padding).permute(0, 2, 3, 1)
 
 
 class PixelUnshuffle(nn.PixelUnshuffle):                # the way in: (B, C, p*y, p*x) -> (B, y, x, C*p*p)
@@ -58,6 +82,25 @@ class PixelUnshuffle(nn.PixelUnshuffle):                # the way in: (B, C, p*y
 class PixelShuffle(nn.PixelShuffle):                    # the way out: (B, y, x, C*p*p) -> (B, C, p*y, p*x)
     def forward(self, x):
         return super().forward(x.permute(0, 3, 1, 2))
+
+
+def attention(q, k, v, mask=None):
+    """softmax(q k' / 8 + mask) v for every head."""
+    kernel = ATTENTION.get(q.device.type, F.scaled_dot_product_attention)
+    return kernel(q, k, v, mask)                                                        # (B, heads, T, 64)
+
+
+def by_head(q, k, v, mask=None):
+    """The same, a few heads at a time: the scores of those, not of all, are in memory, and near."""
+    few, parts = max(1, 2 ** 21 // (q.shape[2] * k.shape[2])), []
+    for q, k, v in zip(*(y.split(few, dim=1) for y in (q, k, v))):
+        scores = q * HEAD_WIDTH ** -0.5 @ k.transpose(2, 3)                             # (B, few, T, T')
+        scores = scores if mask is None else scores + mask
+        parts.append(scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v)
+    return torch.cat(parts, dim=1)                                                      # (B, heads, T, 64)
+
+
+ATTENTION = {"cpu": by_head}                            # there PyTorch's own takes twice as long
 
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6, elementwise_affine=False)      # over channels; nothing in it is learned
@@ -106,7 +149,7 @@ class GlobalResponseNorm(nn.Module):
         self.gamma, self.beta = (nn.Parameter(torch.zeros(1, 1, 1, c)) for _ in range(2))
 
     def forward(self, x):
-        norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)                    # (B, 1, 1, C)
+        norm = x.square().sum((1, 2), keepdim=True).clamp(min=1e-30).sqrt()             # (B, 1, 1, C)
         share = norm / (norm.mean(dim=-1, keepdim=True) + 1e-6)
         return torch.addcmul(self.beta, x, self.gamma * share + 1)                      # (B, y, x, C)
 
@@ -118,8 +161,8 @@ class ResidualBlock(nn.Module):
         self.c_skip = c_skip
         self.depthwise = Conv2d(c, c, 3, padding=1, groups=c)
         self.norm = LayerNorm(c)
-        self.channelwise = nn.Sequential(nn.Linear(c + c_skip, 4 * c), nn.GELU(), GlobalResponseNorm(4 * c),
-                                         nn.Identity(), nn.Linear(4 * c, c))            # the names count a dropout
+        self.channelwise = nn.Sequential(Linear(c + c_skip, 4 * c), nn.GELU(), GlobalResponseNorm(4 * c),
+                                         nn.Identity(), Linear(4 * c, c))               # the names count a dropout
 
     def forward(self, x, t, cond, skip):
         y = self.norm(self.depthwise(x))                                                # (B, y, x, C)
@@ -134,7 +177,7 @@ class TimestepBlock(nn.Module):
         super().__init__()
         self.mappers = ("mapper", *(f"mapper_{name}" for name in extras))
         for name in self.mappers:
-            setattr(self, name, nn.Linear(HEAD_WIDTH, 2 * c))
+            setattr(self, name, Linear(HEAD_WIDTH, 2 * c))
 
     def forward(self, x, t, cond, skip):
         chunks = t.chunk(len(self.mappers), dim=1)                                      # each (B, 64)
@@ -149,17 +192,17 @@ class Attention(nn.Module):
         super().__init__()
         self.in_proj_weight = nn.Parameter(torch.empty(3 * c, c))                       # query, key, value
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * c))
-        self.out_proj = nn.Linear(c, c)
+        self.out_proj = Linear(c, c)
         nn.init.xavier_uniform_(self.in_proj_weight)
 
     def forward(self, x, cond):
-        B, T, C = x.shape
-        q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)  # each (B, T, C)
-        k_cond, v_cond = F.linear(cond, self.in_proj_weight[C:], self.in_proj_bias[C:]).chunk(2, dim=-1)
-        k, v = torch.cat([k, k_cond], dim=1), torch.cat([v, v_cond], dim=1)             # each (B, T + N, C)
+        C, tokens = x.shape[2], x.to(cond.dtype)
+        every = torch.cat([tokens, cond], dim=1)                                        # (B, T + N, C)
+        q = F.linear(tokens, self.in_proj_weight[:C], self.in_proj_bias[:C])            # (B, T, C)
+        k, v = F.linear(every, self.in_proj_weight[C:], self.in_proj_bias[C:]).chunk(2, dim=-1)     # each (B, T + N, C)
         q, k, v = (y.unflatten(-1, (-1, HEAD_WIDTH)).transpose(1, 2) for y in (q, k, v))   # (B, C/64, T or T + N, 64)
-        y = F.scaled_dot_product_attention(q, k, v)                                     # softmax(q k' / 8) v
-        return self.out_proj(y.transpose(1, 2).flatten(2))                              # (B, T, C)
+        y = attention(q, k, v)                                                          # softmax(q k' / 8) v
+        return self.out_proj(y.transpose(1, 2).flatten(2).to(x.dtype))                  # (B, T, C)
 
 
 class AttentionBlock(nn.Module):
@@ -256,7 +299,7 @@ class UNet(nn.Module):
 
     def forward(self, x, r, clip_text_pooled, clip_text=None, clip_img=None, effnet=None, pixels=None, sca=None,
                 crp=None):
-        """Predicts the noise in a latent: epsilon, shaped like x.
+        """Predicts the noise in a latent: epsilon, shaped like x; beside fp16 weights it comes in fp32.
 
         x                   (B, 16, h, w) for Stage C, (B, 4, H/4, W/4) with even sides for Stage B
         r                   (B,) fp32, the time: 1 is pure noise, 0 is none
@@ -267,9 +310,9 @@ class UNet(nn.Module):
         pixels              (B, 3, any, any) in [0, 1], a picture for Stage B; zeros if None
         sca, crp            (B,), extra times; zeros if None
         """
+        x = self.embedding(wide(x))                                                     # (B, y, x, C)
         t = self.embed_time(r, sca, crp).to(x.dtype)                                    # (B, 64 * (1 + extras))
         cond = self.embed_clip(clip_text_pooled, clip_text, clip_img)                   # (B, N, c_cond)
-        x = self.embedding(x)                                                           # (B, y, x, C)
         if self.config.semantic:
             if effnet is not None:
                 x = x + self.effnet_mapper(resize(effnet.permute(0, 2, 3, 1), x.shape[1:3]))
@@ -306,20 +349,30 @@ class StageAConfig:
     scale_factor: float = 0.43
 
 
+STRIP = 4096                                    # positions that a block of Stage A works on at a time
+
+
 class StageABlock(nn.Module):
-    """A depthwise convolution, then an MLP, each with a learned scale, shift and gain: six scalars."""
+    """A depthwise convolution, then an MLP, each with a learned scale, shift and gain: six scalars. It goes over the
+    picture in strips of rows, so that the hidden values of one strip, not of all, are in memory, and near."""
     def __init__(self, c):
         super().__init__()
-        self.norm = LayerNorm(c)
         self.depthwise = nn.Sequential(nn.ReplicationPad2d(1), nn.Conv2d(c, c, 3, groups=c))
         self.channelwise = nn.Sequential(nn.Linear(c, 4 * c), nn.GELU(), nn.Linear(4 * c, c))
         self.gammas = nn.Parameter(torch.zeros(6))
 
+    def norm(self, x, i):
+        scale, shift = (1 + self.gammas[i]).expand(x.shape[-1]), self.gammas[i + 1].expand(x.shape[-1])
+        return F.layer_norm(x, x.shape[-1:], scale, shift, 1e-6)                        # (B, y, x, C)
+
     def forward(self, x):
-        g = self.gammas
-        y = self.norm(x) * (1 + g[0]) + g[1]                                            # (B, y, x, C)
-        x = x + self.depthwise(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) * g[2]
-        return x + self.channelwise(self.norm(x) * (1 + g[3]) + g[4]) * g[5]
+        strips, rows = [], max(1, STRIP // x.shape[2])
+        for top in range(0, x.shape[1], rows):
+            near = self.norm(x[:, max(top - 1, 0):top + rows + 1], 0)       # with a row of either neighbour
+            y = self.depthwise(near.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)[:, min(top, 1):][:, :rows]
+            y = torch.addcmul(x[:, top:top + rows], y, self.gammas[2])
+            strips.append(torch.addcmul(y, self.channelwise(self.norm(y, 3)), self.gammas[5]))
+        return torch.cat(strips, dim=1)                                                 # (B, y, x, C)
 
 
 class StageA(nn.Module):

@@ -30,7 +30,7 @@ from tokenizers import Tokenizer as BytePairTokenizer
 from torch import nn
 
 import model
-from model import HEAD_WIDTH, CascadeError
+from model import HEAD_WIDTH, CascadeError, attention
 
 LENGTH = 77                                             # tokens of a prompt, start and end included
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -99,7 +99,7 @@ class SelfAttention(nn.Module):
     def forward(self, x, mask=None):
         q, k, v = (project(x).unflatten(-1, (-1, HEAD_WIDTH)).transpose(1, 2)
                    for project in (self.q_proj, self.k_proj, self.v_proj))                  # each (B, D/64, L, 64)
-        y = F.scaled_dot_product_attention(q, k, v, mask)                                   # softmax(q k' / 8 + mask) v
+        y = attention(q, k, v, mask)                                                        # softmax(q k' / 8 + mask) v
         return self.out_proj(y.transpose(1, 2).flatten(2))                                  # (B, L, D)
 
 
@@ -153,8 +153,9 @@ class TextEncoder(nn.Module):
         x = tower.embeddings.token_embedding(ids) + tower.embeddings.position_embedding.weight[:L]  # (B, L, D)
         causal = torch.ones(L, L, dtype=torch.bool, device=ids.device).tril()                     # (L, L)
         visible = causal & mask.bool()[:, None, None, :]                                          # (B, 1, L, L)
+        mask = torch.where(visible, 0.0, -math.inf).to(x.dtype)
         for layer in tower.encoder.layers:
-            x = layer(x, visible)
+            x = layer(x, mask)
         first_end = (ids == self.config.end).int().argmax(dim=1)                                  # (B,)
         row = x[torch.arange(x.shape[0], device=x.device), first_end]                             # (B, D)
         return x, self.text_projection(tower.final_layer_norm(row)).unsqueeze(1)                  # (B, L, D), (B, 1, D)

@@ -234,7 +234,7 @@ def test_negatives_that_do_not_fit(good):
 
 
 def test_no_prompt_or_a_prompt_beside_latents(refused, tmp_path):
-    assert "wanted is one of: a prompt or a picture to draw after; --latents FILE" in refused(prompt=())
+    assert "wanted is one of: a prompt or a picture to draw after; --prompts FILE, without" in refused(prompt=())
     assert "wanted is one of:" in refused("--latents", tmp_path / "x.safetensors")
 
 

@@ -72,8 +72,8 @@ def test_the_peak_is_that_of_the_storages_alive():
     ("", lambda x: F.interpolate(x, (9, 9), mode="bilinear", align_corners=False)),
     ("edges replicated", lambda x: F.pad(x, (1, 1, 1, 1), mode="replicate")),
     ("", lambda x: F.pad(x, (1, 1, 1, 1))),
-    ("GRN: over all positions, cannot be tiled", lambda x: torch.linalg.vector_norm(x, dim=(1, 2))),
-    ("", lambda x: torch.linalg.vector_norm(x, dim=-1)),
+    ("GRN: over all positions, cannot be tiled", lambda x: x.sum((1, 2))),
+    ("", lambda x: x.sum(-1)),
     ("stays fp32", lambda x: x.float()),
 ])
 def test_a_trap_is_read_off_the_arguments(trap, call):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny import ENCODER, PREVIEWER, STAGE_A, STAGE_B, STAGE_C, TEXT, save, write_diffusers_folder, write_folder
+from tiny import STAGE_C, save, write_diffusers_folder, write_folder
 
 import cascade
 import model
@@ -235,30 +235,6 @@ def test_networks_come_back_ready_to_run(folder):
     for name in ("stage_c", "stage_b", "stage_a", "effnet_encoder", "previewer"):
         network = model.load(folder / f"{name}.safetensors")
         assert not network.training and not any(parameter.requires_grad for parameter in network.parameters())
-
-
-def test_no_network_makes_a_tensor_on_another_device_than_its_own():
-    """On the meta device a stray CPU tensor is an error."""
-
-    def rand(*shape):
-        return torch.rand(shape, device="meta")
-
-    with torch.device("meta"):
-        c, b, a = model.UNet(STAGE_C), model.UNet(STAGE_B), model.StageA(STAGE_A)
-        encoder, previewer = model.SemanticEncoder(ENCODER), model.Previewer(PREVIEWER)
-        text = text_encoder.TextEncoder(TEXT)
-    ids = torch.zeros(2, 77, dtype=torch.int64, device="meta")
-    hidden, pooled = text(ids, ids)
-    assert c(rand(2, 16, 3, 4), rand(2), pooled, hidden, sca=rand(2)).shape == (2, 16, 3, 4)
-    assert b(rand(2, 4, 22, 18), rand(2), pooled, effnet=rand(2, 16, 3, 3)).shape == (2, 4, 22, 18)
-    assert a.decode(a.encode(rand(1, 3, 32, 40))).shape == (1, 3, 32, 40) and a.quantise(rand(1, 4, 3, 3))[1].is_meta
-    assert previewer(encoder(rand(1, 3, 96, 64))).shape == (1, 3, 24, 16)
-    latents = list(
-        sampler.sample(
-            c, (16, 3, 3), {"clip_text_pooled": pooled, "clip_text": hidden}, 2, 4.0, sampler.generators(0, 1)
-        )
-    )
-    assert all(x.is_meta and x.shape == (1, 16, 3, 3) for x in latents[-1])
 
 
 # ------------------------------------------------------------------------------------------------ folders

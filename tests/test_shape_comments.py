@@ -28,7 +28,7 @@ from PIL import Image
 from tiny import ENCODER, IMAGE, PREVIEWER, STAGE_A, STAGE_B, STAGE_C, TEXT, write_folder
 
 from cascade import COMPRESSION, Cascade, Text, previews
-from model import Previewer, ResidualBlock, SemanticEncoder, StageA, UNet
+from model import Previewer, ResidualBlock, SemanticEncoder, StageA, UNet, linear
 from sampler import RECIPES, generators, sample
 from text_encoder import ImageEncoder, TextEncoder, Tokenizer
 
@@ -56,6 +56,10 @@ def grid(height, width, step=COMPRESSION):
 STREAM = "B, y, x, C = x.shape; "
 CONDITION = "c_cond = self.config.c_cond; N = 4 if self.config.semantic else L + 4 + 4 * n; "
 LETTERS = {
+    "linear": "*rest, C = x.shape; C_ = len(weight)",
+    "Linear.forward": "*rest, C = x.shape; C_ = self.out_features",
+    "attention": "B, heads, T, _ = q.shape; T_ = k.shape[2]",
+    "by_head": "B, heads, T, _ = q.shape; T_ = k.shape[2]; few = min(heads, max(1, 2 ** 21 // (T * T_)))",
     "Conv2d.forward": STREAM + "s, C_ = self.stride[0], self.out_channels",
     "ConvTranspose2d.forward": STREAM + "C_ = self.out_channels",
     "PixelUnshuffle.forward": "p = self.downscale_factor; B, C, y, x = x.shape; y //= p; x //= p",
@@ -373,6 +377,7 @@ def run_networks():
     ResidualBlock(5, 2)(torch.randn(B, 3, 4, 5), None, None, torch.randn(B, 3, 4, 2))
     TextEncoder(TEXT)(torch.randint(0, 519, (B, L)), torch.ones(B, L))
     ImageEncoder(IMAGE)(torch.rand(B, 3, 30, 30))
+    linear(torch.randn(B, 7), torch.randn(5, 7).half(), torch.randn(5).half())
 
 
 @torch.no_grad()
