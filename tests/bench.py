@@ -306,7 +306,7 @@ def side_by_side(kinds, folder, name, dtype, side, steps, rounds, n):
              "text_encoder": ("Text tower, 2 prompts", 0.90, None)}
     for key, (method, given) in inputs(kinds, side, 1, dtype).items():
         title, goal, share_goal = goals[key]
-        ours, theirs, apart = stage(key, folder, dtype, method, given, rounds)
+        ours, theirs, apart = stage(key, folder, dtype, method, given, rounds * 5 if key == "text_encoder" else rounds)
         share = costs[key][0] / ours / matrix_rate(dtype, n)
         row(title, ours, theirs, "s", goal, f"{share:.0%}", f"≥ {share_goal} %" if share_goal else "", f"{apart:.0e}")
     settings = str(folder), name, side, 1, *steps, str(folder / "picture.png")
