@@ -100,7 +100,7 @@ def by_head(q, k, v, mask=None):
     return torch.cat(parts, dim=1)                                                      # (B, heads, T, 64)
 
 
-ATTENTION = {"cpu": by_head}                            # there PyTorch's own takes twice as long
+ATTENTION = {"cpu": by_head}                            # PyTorch's own kernel is slower there
 
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6, elementwise_affine=False)      # over channels; nothing in it is learned
@@ -195,11 +195,14 @@ class Attention(nn.Module):
         self.out_proj = Linear(c, c)
         nn.init.xavier_uniform_(self.in_proj_weight)
 
-    def forward(self, x, cond):
-        C, tokens = x.shape[2], x.to(cond.dtype)
-        every = torch.cat([tokens, cond], dim=1)                                        # (B, T + N, C)
-        q = F.linear(tokens, self.in_proj_weight[:C], self.in_proj_bias[:C])            # (B, T, C)
-        k, v = F.linear(every, self.in_proj_weight[C:], self.in_proj_bias[C:]).chunk(2, dim=-1)     # each (B, T + N, C)
+    def keys_values(self, cond):
+        C = cond.shape[2]
+        return F.linear(cond, self.in_proj_weight[C:], self.in_proj_bias[C:])           # (B, N, 2C)
+
+    def forward(self, x, keys_values):
+        tokens = x.to(keys_values.dtype)                                                # (B, T, C)
+        q, k, v = F.linear(tokens, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)         # each (B, T, C)
+        k, v = (torch.cat(pair, dim=1) for pair in zip((k, v), keys_values.chunk(2, dim=-1)))       # each (B, T + N, C)
         q, k, v = (y.unflatten(-1, (-1, HEAD_WIDTH)).transpose(1, 2) for y in (q, k, v))   # (B, C/64, T or T + N, 64)
         y = attention(q, k, v)                                                          # softmax(q k' / 8) v
         return self.out_proj(y.transpose(1, 2).flatten(2).to(x.dtype))                  # (B, T, C)
@@ -212,9 +215,14 @@ class AttentionBlock(nn.Module):
         self.attention = nn.ModuleDict({"attn": Attention(c)})
         self.kv_mapper = nn.Sequential(nn.SiLU(), nn.Linear(c_cond, c))
 
+    def keys_values(self, cond):
+        """The condition's tokens (B, N, c_cond) -> their keys and values, (B, N, 2C)."""
+        return self.attention.attn.keys_values(self.kv_mapper(cond))
+
     def forward(self, x, t, cond, skip):
+        keys_values = cond[self] if isinstance(cond, dict) else self.keys_values(cond)  # UNet.prepare gives a dict
         tokens = self.norm(x).flatten(1, 2)                                             # (B, y*x, C), row by row
-        return x + self.attention.attn(tokens, self.kv_mapper(cond)).view_as(x)
+        return x + self.attention.attn(tokens, keys_values).view_as(x)
 
 
 class Resize(nn.Module):                                # (B, y, x, C) -> (B, int(scale*y), int(scale*x), C)
@@ -297,8 +305,15 @@ class UNet(nn.Module):
         tokens = [y.reshape(y.shape[0], -1, self.config.c_cond) for y in mapped]    # each (B, 4 or L or 4n, c_cond)
         return self.clip_norm(torch.cat(tokens, dim=1))                                 # (B, N, c_cond)
 
-    def forward(self, x, r, clip_text_pooled, clip_text=None, clip_img=None, effnet=None, pixels=None, sca=None,
-                crp=None):
+    def prepare(self, clip_text_pooled, clip_text=None, clip_img=None, **rest):
+        """Arguments of `forward` -> others, to the same numbers: what every attention block makes of the condition, the
+        same in every step, is made here, once."""
+        cond = self.embed_clip(clip_text_pooled, clip_text, clip_img)                   # (B, N, c_cond)
+        blocks = [block for block in self.modules() if isinstance(block, AttentionBlock)]
+        return {"cond": {block: block.keys_values(cond) for block in blocks}, **rest}
+
+    def forward(self, x, r, clip_text_pooled=None, clip_text=None, clip_img=None, effnet=None, pixels=None, sca=None,
+                crp=None, cond=None):
         """Predicts the noise in a latent: epsilon, shaped like x; beside fp16 weights it comes in fp32.
 
         x                   (B, 16, h, w) for Stage C, (B, 4, H/4, W/4) with even sides for Stage B
@@ -309,10 +324,12 @@ class UNet(nn.Module):
         effnet              (B, 16, h, w), the semantic latent for Stage B; nothing is added if None
         pixels              (B, 3, any, any) in [0, 1], a picture for Stage B; zeros if None
         sca, crp            (B,), extra times; zeros if None
+        cond                what `prepare` made of clip_text_pooled, clip_text and clip_img, in their place
         """
         x = self.embedding(wide(x))                                                     # (B, y, x, C)
         t = self.embed_time(r, sca, crp).to(x.dtype)                                    # (B, 64 * (1 + extras))
-        cond = self.embed_clip(clip_text_pooled, clip_text, clip_img)                   # (B, N, c_cond)
+        if cond is None:
+            cond = self.embed_clip(clip_text_pooled, clip_text, clip_img)               # (B, N, c_cond)
         if self.config.semantic:
             if effnet is not None:
                 x = x + self.effnet_mapper(resize(effnet.permute(0, 2, 3, 1), x.shape[1:3]))

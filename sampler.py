@@ -103,7 +103,7 @@ def sample(unet, shape, condition, steps, guidance, sources, recipe=Recipe(), st
     """
     weight = unet.clf[1].weight                         # says the type and the device of the network
     condition = {name: value.to(weight) for name, value in condition.items()}
-    halved = {name: value[:len(sources)] for name, value in condition.items()}
+    prepared = {}                                       # with guidance and without: once a run, not once a step
     t = r = timesteps(steps, strength)                                                  # (steps + 1,)
     a = alpha_bar(t)
     if recipe.shift is not None:
@@ -114,9 +114,11 @@ def sample(unet, shape, condition, steps, guidance, sources, recipe=Recipe(), st
     if start is not None:
         x = a[0].sqrt() * start.to(x) + (1 - a[0]).sqrt() * x
     for i in range(steps):
-        guided = guidance > 1 and recipe.interval[0] <= t[i] <= recipe.interval[1]
+        guided = guidance > 1 and bool(recipe.interval[0] <= t[i] <= recipe.interval[1])
         rows = torch.cat([x, x]) if guided else x                                       # (2B or B, C, y, x)
-        epsilon = unet(rows.to(weight), r[i].expand(len(rows)), **condition if guided else halved).float()
+        if guided not in prepared:
+            prepared[guided] = unet.prepare(**{name: value[:len(rows)] for name, value in condition.items()})
+        epsilon = unet(rows.to(weight), r[i].expand(len(rows)), **prepared[guided]).float()
         if guided:
             epsilon = guide(*epsilon.chunk(2), guidance, recipe.rescale)                # (B, C, y, x)
         x0 = clean(x, epsilon, a[i])

@@ -3,6 +3,7 @@
     python tests/bench.py                       every row, ours and diffusers' in alternation: medians and their ratio
     python tests/bench.py --steps 2 1           the whole picture in fewer steps of Stage C and B
     python tests/bench.py --memory              the peak of each way to keep networks: lite measured, full computed
+    python tests/bench.py --leads               each thing that is done for speed: with it and without
     python tests/bench.py --growth              time and memory against the picture's size and their number
     python tests/bench.py --quick [--memory]    tiny networks: proves that it runs; its times say nothing
 
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,6 +32,7 @@ import torch
 TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS), str(TESTS / "parity")]
 
+import model
 import tiny
 from cascade import COMPRESSION, DTYPES, quicken
 from model import StageA, UNet, load
@@ -236,9 +239,14 @@ def matrix_rate(dtype, n):
     return 2 * n ** 3 / min(timed(lambda: a @ b) for _ in range(5))
 
 
-def our_call(name, folder, dtype, method, given):
-    """What calls our network, in a process that is as the command makes it."""
-    quicken()
+def our_call(name, folder, dtype, method, given, without=""):
+    """What calls our network, in a process that is as the command makes it, but for what it is to do without."""
+    if without == "heads apart":
+        model.ATTENTION.clear()
+    elif without == "strips":
+        model.STRIP = 2 ** 30
+    if without != "memory kept":
+        quicken()
     network = (load_tower if name == "text_encoder" else load)(folder / f"{FILES.get(name, name)}.safetensors")
     if name == "text_encoder":
         return lambda: network(**given)[1]
@@ -270,11 +278,11 @@ def serve(pipe, make, *settings):
         pipe.send(timed(call))
 
 
-def stage(name, folder, dtype, method, given, rounds):
-    """-> seconds of ours, of theirs, and how far apart their results are, of the largest value. Each has a process of
-    its own: how one uses memory does not change the other's."""
+def stage(makes, name, folder, dtype, method, given, rounds):
+    """-> seconds of the first, of the second, and how far apart their results are, of the largest value. Each has a
+    process of its own: how one uses memory does not change the other's."""
     spawn, sides = multiprocessing.get_context("spawn"), []
-    for make in (our_call, peer_call):
+    for make in makes:
         pipe, end = spawn.Pipe()
         process = spawn.Process(target=serve, args=(end, make, name, folder, dtype, method, given), daemon=True)
         process.start()
@@ -306,7 +314,8 @@ def side_by_side(kinds, folder, name, dtype, side, steps, rounds, n):
              "text_encoder": ("Text tower, 2 prompts", 0.90, None)}
     for key, (method, given) in inputs(kinds, side, 1, dtype).items():
         title, goal, share_goal = goals[key]
-        ours, theirs, apart = stage(key, folder, dtype, method, given, rounds * 5 if key == "text_encoder" else rounds)
+        rounds_here = rounds * 5 if key == "text_encoder" else rounds                   # a call is short there
+        ours, theirs, apart = stage((our_call, peer_call), key, folder, dtype, method, given, rounds_here)
         share = costs[key][0] / ours / matrix_rate(dtype, n)
         row(title, ours, theirs, "s", goal, f"{share:.0%}", f"≥ {share_goal} %" if share_goal else "", f"{apart:.0e}")
     settings = str(folder), name, side, 1, *steps, str(folder / "picture.png")
@@ -350,6 +359,17 @@ def memory(kinds, folder, name, dtype, side, quick):
               f"{(base + large[mode]) / 1e9:.2f} |", flush=True)
 
 
+def leads(kinds, folder, name, dtype, side, rounds):
+    """What each thing that is done for speed is worth: seconds with all of them and without one."""
+    print("| without | stage | seconds with | without | ratio | apart |\n" + "| --- " * 6 + "|")
+    for without, keys in (("heads apart", ("stage_b_lite", "stage_c_lite", "text_encoder")), ("strips", ("stage_a",)),
+                          ("memory kept", ("stage_a", "stage_b_lite", "stage_c_lite", "text_encoder"))):
+        for key in keys:
+            given = key, folder, dtype, *inputs(kinds, side, 1, dtype)[key], rounds
+            ours, slower, apart = stage((our_call, partial(our_call, without=without)), *given)
+            print(f"| {without} | {key} | {ours:.3g} | {slower:.3g} | {ours / slower:.2f} | {apart:.0e} |", flush=True)
+
+
 def growth(kinds, folder, name, dtype, sides, steps):
     print("| size | pictures | TFLOP | seconds | TFLOP/s | GB at the peak | computed |\n" + "| --- " * 7 + "|")
     base = child(TINY, str(folder), name, sides[0], 1, 1, 1, "")[2]
@@ -369,6 +389,7 @@ def main(arguments=None):
     add("--quick", action="store_true")
     add("--memory", action="store_true")
     add("--growth", action="store_true")
+    add("--leads", action="store_true")
     add("--steps", type=int, nargs=2, metavar=("C", "B"), help="(default: 20 10; 2 1 for --growth)")
     add("--rounds", type=int, default=3, help="of which the median is taken (default: %(default)s)")
     add("--dtype", choices=DTYPES, default="bf16" if has_bf16 else "fp32", help="(default here: %(default)s)")
@@ -384,10 +405,12 @@ def main(arguments=None):
           f"{matrix_rate(dtype, 256 if options.quick else 2048) / 1e12:.3g} TFLOP/s in a matrix product\n", flush=True)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         torch.manual_seed(0)
-        write_files(Path(folder), kinds, dtype, peers=not (options.memory or options.growth))
+        write_files(Path(folder), kinds, dtype, peers=not (options.memory or options.growth or options.leads))
         given = kinds, Path(folder), options.dtype, dtype
         if options.memory:
             memory(*given, side, options.quick)
+        elif options.leads:
+            leads(*given, side, rounds)
         elif options.growth:
             growth(*given, [64, 128] if options.quick else [512, 1024, 1536, 2048], steps)
         else:

@@ -3,17 +3,20 @@
 import ctypes
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from precision import inputs
 from test_official import on_meta
-from tiny import STAGE_A, randomise
+from tiny import STAGE_A, STAGE_B, STAGE_C, randomise
 
 import cascade
 import model
 import operators
+from sampler import RECIPES, generators, sample
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -79,6 +82,29 @@ def test_stage_a_draws_2048_pixels_a_side_within_what_readme_says():
         stage_a.decode(torch.empty(1, 4, 512, 512, dtype=torch.bfloat16, device="meta"))
     assert record.peak < 1.25e9
     assert "1.2 GB of activations" in " ".join((ROOT / "README.md").read_text("utf-8").split())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config", [STAGE_B, STAGE_C], ids=["B", "C"])
+def test_a_prepared_condition_gives_the_same_bits_and_asks_for_the_text_no_more(config):
+    unet, given = randomise(model.UNet(config), 0), inputs(config, 0)
+    x, r = given.pop("x"), given.pop("r")
+    answer, prepared = unet(x, r, **given), unet.prepare(**given)
+    assert set(prepared) == {"cond"} | set(given) - {"clip_text_pooled", "clip_text", "clip_img"}
+    unet.clip_norm = unet.clip_mapper = unet.clip_txt_mapper = None  # whoever asks fails
+    assert torch.equal(unet(x, r, **prepared), answer) and torch.equal(unet(x, r, **prepared), answer)
+
+
+def test_the_sampler_prepares_once_with_guidance_and_once_without(monkeypatch):
+    unet, rows, real = randomise(model.UNet(STAGE_C), 0), [], model.UNet.prepare
+    condition = {name: value[:4] for name, value in inputs(STAGE_C, 0, rows=4).items() if name.startswith("clip")}
+    monkeypatch.setattr(
+        model.UNet, "prepare", lambda self, **given: rows.append(len(given["clip_text"])) or real(self, **given)
+    )
+    recipe = replace(RECIPES["diffusers"], interval=(0.3, 0.8))
+    with torch.no_grad():
+        list(sample(unet, (16, 3, 3), condition, 8, 4.0, generators(0, 2), recipe))
+    assert rows == [2, 4]
 
 
 def test_grn_learns_where_a_channel_is_silent():

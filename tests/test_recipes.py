@@ -20,6 +20,9 @@ class Unet(nn.Module):
         super().__init__()
         self.clf, self.told, self.rows = nn.ModuleList([nn.Identity(), nn.Linear(1, 1)]), [], []
 
+    def prepare(self, **condition):
+        return condition
+
     def forward(self, x, r, push):
         self.told.append(r[0].item()), self.rows.append(len(x))
         return answer(x, r[:, None, None, None], push)

@@ -65,7 +65,11 @@ LETTERS = {
     "PixelUnshuffle.forward": "p = self.downscale_factor; B, C, y, x = x.shape; y //= p; x //= p",
     "PixelShuffle.forward": "p = self.upscale_factor; B, y, x, C = x.shape; C //= p * p",
     "ResidualBlock.forward": STREAM + "C_skip = self.c_skip",
-    "Attention.forward": "B, T, C = x.shape; N = cond.shape[1]",
+    "Attention.keys_values": "B, N, C = cond.shape",
+    "Attention.forward": "B, T, C = x.shape; N = keys_values.shape[1]",
+    "AttentionBlock.keys_values": "B, N, c_cond = cond.shape; C = self.attention.attn.out_proj.in_features",
+    "UNet.prepare": "B, n = len(clip_text_pooled), pictures(clip_img); "
+    "L = 0 if clip_text is None else clip_text.shape[1]; " + CONDITION,
     "Resize.forward": STREAM + "scale = self.scale",
     "UNet.embed_time": "B, extras = len(r), len(self.config.extras)",
     "UNet.embed_clip": "B, n = len(pooled), pictures(image); L = 0 if text is None else text.shape[1]; " + CONDITION,
@@ -385,7 +389,7 @@ def run_sampler():
     def unet(x, r, cond):
         return x
 
-    unet.clf = [None, SimpleNamespace(weight=torch.zeros(1))]
+    unet.clf, unet.prepare = [None, SimpleNamespace(weight=torch.zeros(1))], dict
     for recipe, guidance in itertools.product(RECIPES.values(), (0.0, 3.0)):
         for rows in (None, 1, 3):
             start = None if rows is None else torch.randn(rows, 16, 5, 7)

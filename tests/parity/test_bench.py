@@ -65,3 +65,9 @@ def test_every_size_and_number_of_pictures_has_its_time_and_memory():
         ("64×64", "8"),
     ]
     assert all(float(cell) > 0 for row in rows for cell in row[2:])
+
+
+def test_every_thing_done_for_speed_has_its_worth_and_changes_no_number():
+    _, rows = tables("--leads", "--dtype", "fp32")
+    assert [row[0] for row in rows] == ["heads apart"] * 3 + ["strips"] + ["memory kept"] * 4
+    assert all(float(row[2]) > 0 and float(row[3]) > 0 and float(row[5]) < 1e-5 for row in rows)
