@@ -153,9 +153,9 @@ class TextEncoder(nn.Module):
         x = tower.embeddings.token_embedding(ids) + tower.embeddings.position_embedding.weight[:L]  # (B, L, D)
         causal = torch.ones(L, L, dtype=torch.bool, device=ids.device).tril()                     # (L, L)
         visible = causal & mask.bool()[:, None, None, :]                                          # (B, 1, L, L)
-        mask = torch.where(visible, 0.0, -math.inf).to(x.dtype)
+        bias = torch.where(visible, 0.0, -math.inf).to(x.dtype)                                   # (B, 1, L, L)
         for layer in tower.encoder.layers:
-            x = layer(x, mask)
+            x = layer(x, bias)
         first_end = (ids == self.config.end).int().argmax(dim=1)                                  # (B,)
         row = x[torch.arange(x.shape[0], device=x.device), first_end]                             # (B, D)
         return x, self.text_projection(tower.final_layer_norm(row)).unsqueeze(1)                  # (B, L, D), (B, 1, D)

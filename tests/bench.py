@@ -114,14 +114,21 @@ def inputs(kinds, side, count, dtype, device="cpu"):
                 "text_encoder": ("forward", {"ids": ids, "mask": mask})}
 
 
+def prepared(network, given):
+    """What a step of a UNet is given in the course of a run."""
+    return network.prepare(**given) if isinstance(network, UNet) else given
+
+
 def work(kinds, side, count, dtype):
     """name -> (FLOPs of one call, bytes of its weights, bytes of its activations at most), found without computing."""
     found = {}
     for name, (method, given) in inputs(kinds, side, count, dtype, "meta").items():
         network, record = on_meta(kinds, name).to(dtype), Record()
+        given = prepared(network, given)
         record.held |= {tensor.untyped_storage()._cdata: 1 for tensor in network.state_dict().values()}
-        for tensor in given.values():
-            record.hold(tensor)
+        for tensor in [*given.values(), *given.get("cond", {}).values()]:
+            if torch.is_tensor(tensor):
+                record.hold(tensor)
         with torch.inference_mode(), record:
             getattr(network, method)(**given)
         weights = sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values())
@@ -248,6 +255,7 @@ def our_call(name, folder, dtype, method, given, without=""):
     if without != "memory kept":
         quicken()
     network = (load_tower if name == "text_encoder" else load)(folder / f"{FILES.get(name, name)}.safetensors")
+    given = prepared(network, given)
     if name == "text_encoder":
         return lambda: network(**given)[1]
     return lambda: getattr(network, method)(**given)
