@@ -113,6 +113,7 @@ def met(steps=6, decoder_steps=4):
     small, calls = Cascade(keep=True), {}
     for name in ("text_encoder", "stage_c", "stage_b", "effnet_encoder", "image_encoder"):
         calls[name] = found = []
+        small.network(name).prepare = lambda **given: given             # whole conditions: another network gets them
         small.network(name).register_forward_hook(
             lambda network, args, given, out, found=found: found.append((args, given, out)), with_kwargs=True)
     z = small(PROMPT, steps=steps, decoder_steps=decoder_steps, output="latent")

@@ -65,7 +65,6 @@ LETTERS = {
     "PixelUnshuffle.forward": "p = self.downscale_factor; B, C, y, x = x.shape; y //= p; x //= p",
     "PixelShuffle.forward": "p = self.upscale_factor; B, y, x, C = x.shape; C //= p * p",
     "ResidualBlock.forward": STREAM + "C_skip = self.c_skip",
-    "Attention.keys_values": "B, N, C = cond.shape",
     "Attention.forward": "B, T, C = x.shape; N = keys_values.shape[1]",
     "AttentionBlock.keys_values": "B, N, c_cond = cond.shape; C = self.attention.attn.out_proj.in_features",
     "UNet.prepare": "B, n = len(clip_text_pooled), pictures(clip_img); "
