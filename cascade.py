@@ -496,7 +496,7 @@ def run(options):
 def quicken():
     """What suits a process that only draws. Python need not look for garbage among what the imports made. And glibc,
     which takes large pieces from the system page by page and gives them back when they are freed, keeps them for the
-    next tensor: on a CPU that is half of Stage A's time."""
+    next tensor: on a CPU that is a tenth to a third of a network's time (tests/bench.py --leads)."""
     gc.freeze()
     with suppress(AttributeError, OSError, TypeError):                      # another system's C library
         for option in (-1, -3):                                             # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
