@@ -1,127 +1,163 @@
-"""The Wuerstchen sampler: DDPM on a continuous cosine schedule, with guidance. Three recipes: diffusers' (its
-DDPMWuerstchenScheduler), the original code's, and LCM's.
+"""The Würstchen sampler: DDPM on a continuous cosine schedule, with classifier-free guidance.
 
-Time runs from t = 1 (pure noise) to t = 0 (none). A latent at time t is
+Time runs from t = 1 (pure noise) to t = 0 (no noise). A latent at time t is
 
-    x = sqrt(a) x0 + sqrt(1 - a) epsilon        with a = alpha_bar(t)                   (DDPM, eq. 4)
+    x = sqrt(a) x0 + sqrt(1 - a) eps        with a = alpha_bar(t) and Gaussian noise eps            (DDPM, eq. 4)
 
-and the network predicts epsilon. Schedule, times, noise and latents are fp32, whatever the type of the weights.
+and the network predicts eps. Schedule, times, noise and latents are fp32, whatever the type of the weights.
 
-Letters: B pictures, C channels, y x the sides of the latent.
+Three recipes: "diffusers" (its DDPMWuerstchenScheduler, the default), "original" (the code released with the model)
+and "lcm" (for networks distilled to few steps). The letters in shape comments are explained in model.py.
 
 Sources: Ho et al., DDPM (2020), arXiv 2006.11239; Nichol and Dhariwal, the cosine schedule (2021), arXiv 2102.09672;
-Ho and Salimans, guidance (2022), arXiv 2207.12598; Lin et al., its rescaling (2023), arXiv 2305.08891; Kynkaanniemi et
-al., its interval (2024), arXiv 2404.07724; Luo et al., LCM (2023), arXiv 2310.04378; the code of Stable Cascade.
+Ho and Salimans, classifier-free guidance (2022), arXiv 2207.12598; Lin et al., guidance rescale (2023), arXiv
+2305.08891; Kynkäänniemi et al., guidance in an interval (2024), arXiv 2404.07724; Luo et al., LCM (2023), arXiv
+2310.04378; the original code of Stable Cascade.
 """
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-OFFSET = 0.008                                          # s of the cosine schedule
-START = math.cos(OFFSET / (1 + OFFSET) * math.pi / 2) ** 2
-LEAST, MOST = 0.0001, 0.9999                            # of alpha_bar
-
-
-def alpha_bar(t):
-    """What is left of the signal's variance at time t (fp32, any shape). (Nichol, eq. 17)"""
-    return (torch.cos((t + OFFSET) / (1 + OFFSET) * math.pi / 2) ** 2 / START).clamp(LEAST, MOST)
+OFFSET = 0.008                                              # s of the cosine schedule
+COS2_AT_0 = math.cos(OFFSET / (1 + OFFSET) * math.pi / 2) ** 2
+ALPHA_BAR_MIN, ALPHA_BAR_MAX = 0.0001, 0.9999
 
 
-def time_of(a):
-    """The t of an alpha_bar."""
-    return torch.acos((a * START).sqrt()) / (math.pi / 2) * (1 + OFFSET) - OFFSET
+# ---------------------------------------------------------------------------------------------------- the schedule
+def alpha_bar(t: Tensor) -> Tensor:
+    """The fraction of the signal's variance left at time t, elementwise (Nichol and Dhariwal, eq. 17)."""
+    a = torch.cos((t + OFFSET) / (1 + OFFSET) * math.pi / 2) ** 2 / COS2_AT_0
+    return a.clamp(ALPHA_BAR_MIN, ALPHA_BAR_MAX)
 
 
-def timesteps(steps, strength=1.0):
-    """The steps + 1 times, from `strength` to 0, between which the sampler walks."""
-    return torch.linspace(strength, 0, steps + 1)                                       # (steps + 1,)
+def inverse_alpha_bar(a: Tensor) -> Tensor:
+    """The time t at which alpha_bar(t) = a."""
+    return torch.acos((a * COS2_AT_0).sqrt()) / (math.pi / 2) * (1 + OFFSET) - OFFSET
 
 
-def ddpm(x, epsilon, noise, now, then):
-    """One step of the reverse process, between two alpha_bars (fp32 scalars)."""
-    alpha = now / then
-    mean = (x - (1 - alpha) / (1 - now).sqrt() * epsilon) / alpha.sqrt()                # DDPM, eq. 11
-    variance = (1 - alpha) * (1 - then) / (1 - now)                                     # DDPM, eq. 7
+def timesteps(steps: int, strength: float = 1.0) -> Tensor:
+    """steps + 1 evenly spaced times from `strength` down to 0: (steps + 1,), fp32, on the CPU."""
+    return torch.linspace(strength, 0, steps + 1, dtype=torch.float32)
+
+
+def noise_levels(t: Tensor, shift: float | None) -> tuple[Tensor, Tensor]:
+    """Times -> (a, r): alpha_bar, and the time given to the network.
+
+    Without a shift, a = alpha_bar(t) and r = t. With a shift, the log signal-to-noise ratio is lowered by 2 ln(shift),
+    and r is recomputed from the new a. Even a shift of 1 changes r near t = 0 and t = 1, where alpha_bar is clamped.
+    """
+    a = alpha_bar(t)
+    if shift is None:
+        return a, t
+    log_snr = torch.logit(a) - 2 * math.log(shift)
+    a = torch.sigmoid(log_snr).clamp(ALPHA_BAR_MIN, ALPHA_BAR_MAX)
+    return a, inverse_alpha_bar(a)
+
+
+# ---------------------------------------------------------------------------------------------------- one step
+def predict_x0(x: Tensor, eps: Tensor, a: Tensor) -> Tensor:
+    """Knowing eps means knowing x0: DDPM, eq. 4, solved for x0."""
+    return (x - (1 - a).sqrt() * eps) / a.sqrt()
+
+
+def ddpm(x: Tensor, eps: Tensor, noise: Tensor, a: Tensor, a_next: Tensor) -> Tensor:
+    """One step of the reverse process, from noise level a to a_next."""
+    alpha = a / a_next
+    mean = (x - (1 - alpha) / (1 - a).sqrt() * eps) / alpha.sqrt()              # DDPM, eq. 11
+    variance = (1 - alpha) * (1 - a_next) / (1 - a)                             # DDPM, eq. 7
     return mean + variance.sqrt() * noise
 
 
-def lcm(x, epsilon, noise, now, then):
-    """A leap to x0 and, with new noise, back. For networks that were distilled to leap."""
-    return then.sqrt() * clean(x, epsilon, now) + (1 - then).sqrt() * noise
+def lcm(x: Tensor, eps: Tensor, noise: Tensor, a: Tensor, a_next: Tensor) -> Tensor:
+    """Jump to the predicted x0, then add fresh noise to reach level a_next (LCM, algorithm 3)."""
+    return a_next.sqrt() * predict_x0(x, eps, a) + (1 - a_next).sqrt() * noise
 
 
-def clean(x, epsilon, now):
-    """x0, from the first equation above."""
-    return (x - (1 - now).sqrt() * epsilon) / now.sqrt()
+def guide(cond: Tensor, uncond: Tensor, guidance: float, rescale: float = 0.0) -> Tensor:
+    """Classifier-free guidance (Ho and Salimans, 2022, eq. 6): move from the unconditional prediction towards the
+    conditional one and beyond; `guidance` is the paper's w + 1. `rescale` pulls the standard deviation back to the
+    conditional one's (Lin et al., 2023, section 3.4), image by image."""
+    eps = uncond + guidance * (cond - uncond)                                   # (N, C, H, W)
+    if rescale:
+        std_ratio = cond.std((1, 2, 3), keepdim=True) / eps.std((1, 2, 3), keepdim=True)  # (N, 1, 1, 1)
+        eps = eps * (1 + rescale * (std_ratio - 1))
+    return eps
 
 
+# ---------------------------------------------------------------------------------------------------- recipes
 @dataclass(frozen=True)
 class Recipe:
-    """How to walk. The default is diffusers'."""
+    """How to sample; the defaults are diffusers'."""
     step: Callable = ddpm
-    shift: float | None = None                          # noise levels moved, and r read back from them
-    rescale: float = 0.0                                # how much guidance gives back of the size that it adds, 0 to 1
-    interval: tuple[float, float] = (0.0, 1.0)          # the times at which there is guidance
-    ends_clean: bool = False                            # the result is the last x0, not the last x
-    decoder_guidance: float = 0.0                       # Stage B's, where nobody says otherwise
+    shift: float | None = None                              # of Stage C's noise levels; None: no shift
+    decoder_shift: float | None = None                      # the same for Stage B
+    rescale: float = 0.0                                    # strength of the guidance rescale, 0 to 1
+    interval: tuple[float, float] = (0.0, 1.0)              # guidance is applied at these times, bounds included
+    return_x0: bool = False                                 # return the last x0 instead of the last x
+    decoder_guidance: float = 0.0                           # Stage B's default guidance scale
 
 
-RECIPES = {"diffusers": Recipe(), "lcm": Recipe(lcm),
-           "original": Recipe(shift=2.0, rescale=0.7, ends_clean=True, decoder_guidance=1.1)}
+RECIPES = {
+    "diffusers": Recipe(),
+    "original": Recipe(
+        shift=2.0, decoder_shift=1.0, rescale=0.7, return_x0=True, decoder_guidance=1.1),
+    "lcm": Recipe(step=lcm, shift=1.0, decoder_shift=1.0),
+}
 
 
-def generators(seed, count):
-    """One source of noise per picture, seeded seed, seed + 1, ...: a picture does not depend on its neighbours. They
-    live on the CPU, so it does not depend on the device either."""
+# ---------------------------------------------------------------------------------------------------- the loop
+def generators(seed: int, count: int) -> list[torch.Generator]:
+    """One generator per image, seeded with seed, seed + 1, …, so that an image does not depend on its batch. They live
+    on the CPU, so that it does not depend on the device either."""
     return [torch.Generator("cpu").manual_seed(seed + i) for i in range(count)]
 
 
-def draw(sources, shape, device):
-    """Gaussian noise (B, *shape) in fp32, one picture from each source."""
-    return torch.stack([torch.randn(shape, generator=source) for source in sources]).to(device)
+def draw_noise(noise_generators: list[torch.Generator], shape: tuple, device) -> Tensor:
+    """Gaussian noise (N, *shape), fp32; each generator draws one latent."""
+    noise = []
+    for generator in noise_generators:
+        noise.append(torch.randn(shape, generator=generator, dtype=torch.float32))
+    return torch.stack(noise).to(device)
 
 
-def guide(wanted, unwanted, guidance, rescale):
-    """From what is not wanted towards what is, and beyond: (B, C, y, x). Rescaled picture by picture."""
-    epsilon = unwanted + guidance * (wanted - unwanted)
-    if rescale:
-        size = wanted.std((1, 2, 3), keepdim=True) / epsilon.std((1, 2, 3), keepdim=True)
-        epsilon = epsilon * (1 + rescale * (size - 1))
-    return epsilon
+def sample(unet, shape: tuple, condition: dict[str, Tensor], steps: int, guidance: float,
+           noise_generators: list[torch.Generator], recipe: Recipe = Recipe(),
+           init_latent: Tensor | None = None, strength: float = 1.0) -> Iterator[tuple[Tensor, Tensor]]:
+    """Denoise N latents. Yields (x, x0) after every step: the latents and the predicted clean latents, (N, *shape) each,
+    fp32.
 
-
-def sample(unet, shape, condition, steps, guidance, sources, recipe=Recipe(), start=None, strength=1.0):
-    """Yields the latent and what is taken for x0, each (B, *shape), fp32, after every step.
-
-    unet        Stage B or Stage C
-    shape       (C, y, x) of one latent
-    condition   the unet's other arguments by name: B rows for what is wanted, then, for guidance, B for what is not
-    sources     one generator per picture: drawn from once for the start and once in every step
-    start       a latent (B or 1, *shape) to start from, noised to t = strength, instead of noise alone
+    unet                Stage B or Stage C
+    shape               (C, H, W) of one latent
+    condition           arguments of the unet by name: N conditional rows, then N unconditional rows (the latter are
+                        needed only if guidance > 1)
+    guidance            guidance scale; no guidance if <= 1
+    noise_generators    N generators; each draws once for the initial noise and once per step
+    init_latent         (N or 1, *shape), image to image: start from this latent, noised to t = strength
     """
-    weight = unet.clf[1].weight                         # says the type and the device of the network
+    weight = next(unet.parameters())  # its device and type are the network's
     condition = {name: value.to(weight) for name, value in condition.items()}
-    prepared = {}                                       # with guidance and without: once a run, not once a step
-    t = r = timesteps(steps, strength)                                                  # (steps + 1,)
-    a = alpha_bar(t)
-    if recipe.shift is not None:
-        a = torch.sigmoid(torch.logit(a) - 2 * math.log(recipe.shift)).clamp(LEAST, MOST)
-        r = time_of(a)
+    low, high = recipe.interval
+    t = timesteps(steps, strength)
+    a, r = noise_levels(t, recipe.shift)
     a, r = a.to(weight.device), r.to(weight.device)
-    x = draw(sources, shape, weight.device)                                             # (B, C, y, x)
-    if start is not None:
-        x = a[0].sqrt() * start.to(x) + (1 - a[0]).sqrt() * x
+    x = draw_noise(noise_generators, shape, weight.device)                      # (N, C, H, W)
+    if init_latent is not None:
+        x = a[0].sqrt() * init_latent.to(x) + (1 - a[0]).sqrt() * x
+
     for i in range(steps):
-        guided = guidance > 1 and bool(recipe.interval[0] <= t[i] <= recipe.interval[1])
-        rows = torch.cat([x, x]) if guided else x                                       # (2B or B, C, y, x)
-        if guided not in prepared:
-            prepared[guided] = unet.prepare(**{name: value[:len(rows)] for name, value in condition.items()})
-        epsilon = unet(rows.to(weight), r[i].expand(len(rows)), **prepared[guided]).float()
+        guided = guidance > 1 and low <= t[i] <= high
+        rows = torch.cat([x, x]) if guided else x                               # (2N or N, C, H, W)
+        inputs = {name: value[:len(rows)] for name, value in condition.items()}
+        eps = unet(rows.to(weight), r[i].expand(len(rows)), **inputs).float()   # (2N or N, C, H, W)
         if guided:
-            epsilon = guide(*epsilon.chunk(2), guidance, recipe.rescale)                # (B, C, y, x)
-        x0 = clean(x, epsilon, a[i])
-        noise = draw(sources, shape, weight.device) * (i < steps - 1)                   # none on the way to t = 0
-        x = recipe.step(x, epsilon, noise, a[i], a[i + 1])
-        yield x, x0                                                                     # each (B, C, y, x)
+            cond, uncond = eps.chunk(2)
+            eps = guide(cond, uncond, guidance, recipe.rescale)                 # (N, C, H, W)
+        x0 = predict_x0(x, eps, a[i])
+        noise = draw_noise(noise_generators, shape, weight.device)              # drawn in the last step too
+        if i == steps - 1:
+            noise = torch.zeros_like(noise)
+        x = recipe.step(x, eps, noise, a[i], a[i + 1])
+        yield x, x0

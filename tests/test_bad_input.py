@@ -1,397 +1,156 @@
-"""What a user can do wrong gives one clear line and exit status 2, and leaves no file behind and none overwritten."""
-
-import json
-import os
+"""Wrong arguments of the Python interface are errors of one line, raised before any work; what should work, works."""
+import copy
 import pickle
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from tiny import write_folder
+from PIL import Image
 
 import cascade
-import text_encoder
-from cascade import Cascade
-from model import CascadeError, load
+from cascade import Cascade, TextEmbeddings
+from model import CascadeError
 
-ROOT = Path(__file__).resolve().parent.parent
-FEW = ["--steps", "2", "--decoder-steps", "2", "--device", "cpu"]
-FILES = {
-    "stage_c": "stage_c.safetensors",
-    "stage_b": "stage_b.safetensors",
-    "stage_a": "stage_a.safetensors",
-    "text_encoder": "text_encoder/model.safetensors",
-}
-
-
-@pytest.fixture(scope="module")
-def good(tmp_path_factory):
-    return write_folder(tmp_path_factory.mktemp("good"), seed=2)
-
-
-@pytest.fixture
-def folder(good, tmp_path):
-    return shutil.copytree(good, tmp_path / "weights")
-
-
-@pytest.fixture
-def refused(good, tmp_path, capsys):
-    """Runs the command with what is wrong and returns the line that it says, having seen that nothing was written."""
-
-    def run(*arguments, weights=good, prompt=("a red circle",), output=None):
-        kept = tmp_path / "kept.png"
-        kept.write_bytes(b"an older picture")
-        output = kept if output is None else output
-        status = cascade.main([*prompt, "--weights", str(weights), "-o", str(output), *FEW, *map(str, arguments)])
-        shown = [
-            line
-            for line in capsys.readouterr().err.splitlines()
-            if line
-            and "\r" not in line
-            and "it/s]" not in line
-            and "?it/s" not in line
-            and not line.startswith("Stage ")
-        ]
-        assert status == 2 and len(shown) == 1, shown
-        assert kept.read_bytes() == b"an older picture"
-        assert not list(tmp_path.rglob("*.part")) and not list(tmp_path.glob("new*"))
-        return shown[0]
-
-    return run
+FEW = {"steps": 1, "decoder_steps": 1, "width": 64, "height": 64, "output": "pt"}
+IMAGE = Image.new("RGB", (64, 64), "red")
+NAN = float("nan")
+WRONG = {
+    "prompts": [None, 3, [], [1], ["a", None], b"bytes", {"a": 1}, "\ud800", np.array(["a"])],
+    "negative": [None, 3, [], ["a", "b"], "\ud800"],
+    "width": [True, 100.5, "128", 0, 63, 8193, NAN, []],
+    "height": [0, -128, 10 ** 9, "", torch.tensor(64)],
+    "images": [0, 1001, True, None, 2.0, "2"],
+    "seed": [-1, 2 ** 32, 1.0, None, "3", True, torch.tensor(3), np.int32(-1)],
+    "steps": [None, 0, 2.0, "2", True, 1001],
+    "decoder_steps": [None, 0, NAN, "x"],
+    "guidance": ["4", None, NAN, float("inf"), -1, 100.1, True, 1j],
+    "decoder_guidance": ["4", NAN, -1, [], False],
+    "recipe": ["soup", None, [], {}, 3, True],
+    "output": ["jpeg", None, [], 3],
+    "strength": [1.5, -1, NAN, "0.5", None, True],
+    "interval": [(0.7, 0.3), None, 3, "ab", (0, 1, 2), (0, NAN), ("a", "b"), (0, 2)],
+    "variation_images": [
+        [], 3, [None], "nowhere.png", "", {"a": IMAGE}, np.zeros((1, 24)), torch.zeros(24),
+        torch.zeros(1, 5), torch.zeros(0, 24), torch.zeros(1, 24).int(), torch.full((1, 24), NAN)],
+    "init_image": [
+        3, [IMAGE], "nowhere.png", False, torch.zeros(16, 2, 2), torch.zeros(1, 16, 3, 2),
+        torch.zeros(2, 16, 2, 2), torch.zeros(1, 16, 2, 2).int(), torch.full((1, 16, 2, 2), NAN)],
+    "colour": ["red"]}
+SETUP = {
+    "lite": ["both", 1, None, [], {}],
+    "dtype": ["fp8", None, torch.int8, torch.float64, 3, [], "float16"],
+    "decoder_dtype": ["fp8", torch.int8, "", False],
+    "device": ["toaster", "cuda:99", "meta", "", None, []],
+    "folder": [None, 3, "", "nowhere", [], "\ud800", "a\0b"],
+    "colour": ["red"]}
 
 
-def change(path, edit):
-    """Rewrites a safetensors file with other tensors; its metadata stays."""
-    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
-    edit(tensors)
-    save_file(tensors, path, {"width": "128", "height": "128"})
+def check_refused(function, name, value, **others):
+    with pytest.raises(TypeError if name == "colour" else CascadeError) as error:
+        function(**others | {name: value})
+    message = str(error.value)
+    assert len(message.splitlines()) == 1 and (name in message or "image" in name), message
 
 
-# ------------------------------------------------------------------------------------------------ files
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_argument_is_refused_before_any_work(pipeline, monkeypatch, name):
+    monkeypatch.setattr(cascade, "sample", None)
+    others = FEW | {"init_image": IMAGE} if name == "strength" else FEW
+    for value in WRONG[name]:
+        check_refused(pipeline, name, value, **others)
 
 
-def test_an_unknown_weights_folder(refused, tmp_path):
-    assert "nowhere: there is no such weights folder" in refused(weights=tmp_path / "nowhere")
+@pytest.mark.parametrize("name", SETUP)
+def test_a_wrong_setup_is_refused(folder, name):
+    for value in SETUP[name]:
+        check_refused(Cascade, name, value, folder=folder)
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_a_missing_file_is_named_with_where_to_get_it(refused, folder, name):
-    (folder / FILES[name]).unlink()
-    said = refused(weights=folder)
-    assert f"{name} is missing" in said and "README" in said and Path(FILES[name]).name in said
-
-
-def test_a_missing_tokenizer(refused, folder):
-    shutil.rmtree(folder / "tokenizer")
-    assert "no tokenizer here; wanted is tokenizer.json, or vocab.json and merges.txt" in refused(weights=folder)
-
-
-BROKEN = {
-    "truncated": lambda data: data[: len(data) // 2],
-    "cut in its header": lambda data: data[:100],
-    "empty": lambda data: b"",
-    "foreign": lambda data: b"not weights at all " * 100,
-    "a pickle": lambda data: pickle.dumps({"weight": [1.0] * 100}),
-}
-
-
-@pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN)
-@pytest.mark.parametrize("name", ["stage_c", "stage_a", "text_encoder"])
-def test_a_broken_file_is_named(refused, folder, name, broken):
-    path = folder / FILES[name]
-    path.write_bytes(broken(path.read_bytes()))
-    said = refused(weights=folder)
-    assert FILES[name] in said and "not a whole safetensors file" in said and "never a pickle" in said
-
-
-def test_a_torch_checkpoint_is_not_opened(refused, folder):
-    torch.save({"weight": torch.zeros(3)}, folder / "stage_b.safetensors")
-    assert "never a pickle" in refused(weights=folder)
-
-
-def test_a_directory_in_place_of_a_file(refused, folder):
-    (folder / "stage_b.safetensors").unlink()
-    (folder / "stage_b.safetensors").mkdir()
-    assert "stage_b.safetensors" in refused(weights=folder)
-
-
-@pytest.mark.parametrize(
-    "name, tensor",
-    [
-        ("stage_c", "up_blocks.0.1.mapper_crp.bias"),
-        ("stage_b", "clip_mapper.weight"),
-        ("stage_a", "up_blocks.1.channelwise.0.bias"),
-        ("text_encoder", "text_model.encoder.layers.1.mlp.fc2.bias"),
-    ],
-)
-def test_wrong_tensors_are_named(refused, folder, name, tensor):
-    path = folder / FILES[name]
-    original = path.read_bytes()
-    change(path, lambda tensors: tensors.pop(tensor))
-    assert f"tensor {tensor} is missing" in refused(weights=folder)
-    path.write_bytes(original)
-    change(path, lambda tensors: tensors.update({"stray.weight": torch.zeros(2)}))
-    assert "tensor stray.weight has shape (2,), wanted is no tensor of this name" in refused(weights=folder)
-    path.write_bytes(original)
-    change(path, lambda tensors: tensors.update({tensor: torch.zeros(3, 5)}))
-    said = refused(weights=folder)
-    assert tensor in said and "(3, 5)" in said or "shape" in said
-
-
-def test_shapes_that_no_network_has(refused, folder):
-    change(folder / FILES["stage_c"], lambda tensors: tensors.update({"clip_img_mapper.weight": torch.zeros(7)}))
-    assert "the tensors, or the config.json beside, do not fit a stage_c" in refused(weights=folder)
-
-
-@pytest.mark.parametrize("place", FILES)
-@pytest.mark.parametrize("other", FILES)
-def test_a_stages_file_given_for_another(refused, folder, good, place, other):
-    if place == other:
-        return
-    shutil.copy(good / FILES[other], folder / FILES[place])
-    said = refused(weights=folder)
-    assert f"wanted is {place}" in said and FILES[place] in said
-
-
-def test_a_config_that_is_not_json(refused, folder):
-    (folder / "text_encoder" / "config.json").write_text("{hidden_act: gelu")
-    assert "config.json beside, do not fit a text_encoder (JSONDecodeError" in refused(weights=folder)
-
-
-def test_an_activation_that_is_not_clips(refused, folder):
-    (folder / "text_encoder" / "config.json").write_text(json.dumps({"hidden_act": "relu"}))
-    assert "'relu'" in refused(weights=folder)
-
-
-@pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "tokenizer.json"])
-def test_a_broken_tokenizer(refused, folder, name):
-    (folder / "tokenizer" / name).write_text("{ this is not it")
-    assert "the tokenizer's files cannot be read" in refused(weights=folder)
-
-
-def test_a_tokenizer_that_is_not_clips(refused, folder):
-    (folder / "tokenizer" / "vocab.json").write_text(json.dumps({"a": 0, "b": 1}))
-    (folder / "tokenizer" / "merges.txt").write_text("")
-    assert "tokenizer" in refused(weights=folder)
-
-
-def test_a_tokenizer_with_more_tokens_than_the_tower(refused, folder):
-    words = json.loads((folder / "tokenizer" / "vocab.json").read_text())
-    words = {f"unused{i}": i for i in range(50)} | {word: i + 50 for word, i in words.items()}
-    (folder / "tokenizer" / "vocab.json").write_text(json.dumps(words))
-    said = refused(weights=folder)
-    assert "tokenizer" in said and "520" in said
-
-
-# ------------------------------------------------------------------------------------------------ devices and types
-
-
-@pytest.mark.parametrize("device", ["toaster", "cuda:99", "meta", ""])
-def test_a_device_that_is_not_there(refused, device):
-    assert f"device {device!r} cannot be used" in refused("--device", device)
-
-
-def test_an_unknown_type(refused, good):
-    assert "invalid choice: 'fp8'" in refused("--dtype", "fp8")
-    for given in ({"dtype": "fp8"}, {"decoder_dtype": torch.int8}, {"dtype": None}):
-        with pytest.raises(CascadeError, match="is none of fp32, bf16, fp16"):
-            Cascade(good, **given)
-
-
-def test_a_gpu_without_bf16(good, monkeypatch):
+def test_a_gpu_without_bf16_is_refused(folder, monkeypatch):
     """There is no GPU here: one of the generation before bf16 is played by its answers."""
     monkeypatch.setattr(torch, "zeros", lambda *shape, device: torch.ones(1))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    for given in ({"dtype": "bf16"}, {"dtype": "fp16", "decoder_dtype": "bf16"}):
+    for dtypes in ({"dtype": "bf16"}, {"dtype": "fp16", "decoder_dtype": "bf16"}):
         with pytest.raises(CascadeError, match="has no bf16; use fp16 or fp32"):
-            Cascade(good, device="cuda", **given)
-    Cascade(good, device="cuda", dtype="fp16")
+            Cascade(folder, device="cuda", **dtypes)
+    Cascade(folder, device="cuda", dtype="fp16")
 
 
-def test_an_unknown_lite(good):
-    with pytest.raises(CascadeError, match="lite is 'both'"):
-        Cascade(good, lite="both")
+# ------------------------------------------------------------------------------ latents and embeddings
+LATENTS = torch.zeros(1, 16, 2, 2)
+WRONG_LATENTS = [
+    None, 3, LATENTS.numpy(), LATENTS[0], LATENTS[:0], LATENTS[:, :4], LATENTS[..., None],
+    LATENTS.int(), LATENTS * NAN, LATENTS[..., :1, :1], LATENTS[:, :, :0], LATENTS.repeat(1, 1, 1, 99)]
 
 
-# ------------------------------------------------------------------------------------------------ prompts and numbers
+@pytest.mark.parametrize("arguments, message", [
+    *(({"latents": latents}, "expected") for latents in WRONG_LATENTS),
+    ({"latents": LATENTS.repeat(3, 1, 1, 1)}, "3 latents for 2 prompts: expected a multiple of the"),
+    ({}, "1 latents for 2 prompts"), ({"width": 128}, "expected the shape"), ({"steps": 0}, "steps"),
+    *(({"prompts": "a", "prior_steps": value}, "prior_steps") for value in (1001, "", 2.0)),
+    ({"prompts": "a", "seed": -1}, "seed")])
+def test_wrong_latents_and_what_does_not_fit_them_is_refused(pipeline, arguments, message):
+    with pytest.raises(CascadeError, match=message):
+        pipeline.decode(**{"latents": LATENTS, "prompts": ["a", "b"], "steps": 1} | arguments)
 
 
-@pytest.mark.parametrize("prompts", [None, 3, [], [1], ["a", None], b"bytes", {"a": 1}], ids=repr)
-def test_a_prompt_of_the_wrong_kind(good, prompts):
-    with pytest.raises(CascadeError, match="prompts is .*; wanted is a string or a list of strings"):
-        Cascade(good)(prompts)
+def test_wrong_text_embeddings_are_refused(pipeline):
+    text = pipeline.encode_prompt("a star")
+    hidden, pooled = text.hidden, text.pooled
+    for wrong in [
+            (hidden[:1], pooled[:1]), (hidden[:0], pooled[:0]), (hidden[0], pooled),
+            (hidden, pooled[:, 0]), (hidden[..., :32], pooled), (hidden, pooled[..., :32]),
+            (hidden * NAN, pooled), (hidden.int(), pooled), (None, None)]:
+        with pytest.raises(CascadeError, match="text embeddings.*expected"):
+            pipeline(TextEmbeddings(*wrong), **FEW)
+    with pytest.raises(CascadeError, match="negative: expected none"):
+        pipeline(text, "blue", **FEW)
 
 
-def test_negatives_that_do_not_fit(good):
-    with pytest.raises(CascadeError, match="3 negatives for 2 prompts"):
-        Cascade(good)(["a", "b"], ["c", "d", "e"])
-    with pytest.raises(CascadeError, match="negative is 3"):
-        Cascade(good)("a", 3)
+@pytest.mark.parametrize("strength, steps", [(0.0, 20), (0.04, 20), (0.5, 1)])
+def test_a_strength_that_leaves_no_step_is_refused(pipeline, strength, steps):
+    with pytest.raises(CascadeError, match="strength.*leaves no step"):
+        pipeline.prior("a star", init_image=IMAGE, strength=strength, steps=steps)
 
 
-def test_no_prompt_or_a_prompt_beside_latents(refused, tmp_path):
-    assert "wanted is one of: a prompt or a picture to draw after; --prompts FILE, without" in refused(prompt=())
-    assert "wanted is one of:" in refused("--latents", tmp_path / "x.safetensors")
+@pytest.mark.parametrize("seed", [2 ** 32 - 3, np.uint32(2 ** 32 - 3)])
+def test_the_seeds_of_all_images_are_checked_before_any_work(pipeline, seed):
+    with pytest.raises(CascadeError, match="seed"):
+        pipeline(["a", "b"], images=2, seed=seed, **FEW)
+    assert pipeline(["a", "b", "c"], seed=seed, **FEW).isfinite().all()
 
 
-@pytest.mark.parametrize("option", ["--width", "--height"])
-@pytest.mark.parametrize("value", ["0", "-128", "63", "1000000000"])
-def test_a_size_out_of_bounds(refused, option, value):
-    assert f"{option[2:]} is {value}; wanted is a whole number from 64" in refused(option, value)
+# ------------------------------------------------------------------------------ what works
+def test_numbers_of_numpy_are_numbers(pipeline):
+    numbers = {"seed": np.int64(3), "guidance": np.float32(4), "steps": np.int16(1)}
+    image = pipeline("a star", **FEW | numbers)
+    assert torch.equal(image, pipeline("a star", seed=3, **FEW))
 
 
-@pytest.mark.parametrize(
-    "option, value, wanted",
-    [
-        ("--steps", "0", "steps is 0; wanted is a whole number from 1"),
-        ("--steps", "-1", "steps is -1"),
-        ("--steps", "1000000000", "steps is 1000000000"),
-        ("--decoder-steps", "0", "steps is 0"),
-        ("--images", "0", "images is 0"),
-        ("--seed", "-1", "seed is -1"),
-        ("--seed", str(2**64), "seed is"),
-        ("--guidance", "nan", "guidance is nan"),
-        ("--guidance", "inf", "guidance is inf"),
-        ("--guidance", "-1", "guidance is -1"),
-        ("--decoder-guidance", "nan", "guidance is nan"),
-        ("--steps", "2.5", "invalid int value"),
-        ("--guidance", "much", "invalid float value"),
-        ("--lite", "both", "invalid choice"),
-        ("--colour", "red", "unrecognized"),
-    ],
-)
-def test_a_number_out_of_bounds(refused, option, value, wanted):
-    assert wanted in refused(option, value)
+def test_latents_and_kept_networks_can_be_edited_and_trained(folder):
+    pipeline = Cascade(folder, keep=True)
+    latents = pipeline.prior("a star", steps=1, width=64, height=64)
+    image = pipeline.decode(latents.mul_(1.1), "a star", steps=1)
+    assert len(image) == 1
+    unet = pipeline.network("stage_c").requires_grad_(True)
+    unet(latents, torch.ones(1), torch.zeros(1, 1, 64), torch.zeros(1, 7, 64)).sum().backward()
+    assert all(parameter.grad is not None for parameter in unet.clf.parameters())
 
 
-@pytest.mark.parametrize(
-    "given",
-    [
-        {"width": True},
-        {"width": 100.5},
-        {"height": "128"},
-        {"steps": None},
-        {"guidance": "4"},
-        {"seed": 1.0},
-        {"output": "jpeg"},
-        {"decoder_steps": float("nan")},
-    ],
-    ids=str,
-)
-def test_a_value_of_the_wrong_kind(good, given):
-    with pytest.raises(CascadeError, match="wanted is"):
-        Cascade(good)("a red circle", **{"steps": 1, "decoder_steps": 1} | given)
+WITH_IMAGES = FEW | {"init_image": IMAGE, "variation_images": IMAGE, "steps": 2, "recipe": "original"}
 
 
-# ------------------------------------------------------------------------------------------------ outputs
+def test_networks_can_be_pickled_and_copied(pipeline):
+    image = pipeline("a star", **WITH_IMAGES)
+    for another in (pickle.loads(pickle.dumps(pipeline)), copy.deepcopy(pipeline)):
+        assert torch.allclose(image, another("a star", **WITH_IMAGES), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["picture.jpg", "picture", "folder.png", "nowhere/picture.png", "kept.png/x.png"])
-def test_an_output_that_cannot_be_written(refused, tmp_path, name):
-    (tmp_path / "folder.png").mkdir()
-    assert name.split("/")[0] in refused(output=tmp_path / name)
-
-
-@pytest.mark.parametrize("name", ["new.png", "new.safetensors", None])
-def test_a_disk_that_fails_leaves_nothing_half_written(refused, monkeypatch, tmp_path, name):
-    def fails(*paths):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "replace", fails)
-    assert "No space left on device" in refused(output=tmp_path / name if name else None)
-
-
-def test_memory_that_runs_out(refused, monkeypatch):
-    def fails(*given, **named):
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes.\nMore lines")
-
-    monkeypatch.setattr(cascade, "sample", fails)
-    assert "out of memory; try --lite" in refused()
-
-
-# ------------------------------------------------------------------------------------------------ latents
-
-
-@pytest.fixture
-def latents(good, tmp_path):
-    path = tmp_path / "latents.safetensors"
-    assert cascade.main(["a red circle", "--weights", str(good), "-o", str(path), *FEW]) == 0
-    return path
-
-
-def test_latents_that_are_not_there_or_not_latents(refused, tmp_path, good, capsys):
-    capsys.readouterr()
-    assert "no such file" in refused("--latents", tmp_path / "nowhere.safetensors", prompt=())
-    (tmp_path / "foreign.safetensors").write_bytes(b"something else")
-    assert "not a whole safetensors file" in refused("--latents", tmp_path / "foreign.safetensors", prompt=())
-    assert "tensor latents is missing" in refused("--latents", good / "stage_a.safetensors", prompt=())
-    save_file({"latents": torch.zeros(1, 16, 3, 3)}, tmp_path / "other.safetensors")
-    assert "not saved by this command" in refused("--latents", tmp_path / "other.safetensors", prompt=())
-
-
-def test_latents_are_drawn_into_a_picture_only(refused, latents, tmp_path, capsys):
-    capsys.readouterr()
-    said = refused("--latents", latents, prompt=(), output=tmp_path / "new.safetensors")
-    assert said.endswith("wanted is a name that ends in .png")
-
-
-@pytest.mark.parametrize("shape", [(16, 3, 3), (1, 4, 3, 3), (1, 16, 5, 5), (0, 16, 3, 3), (1, 16, 3, 3, 1)], ids=str)
-def test_latents_of_another_shape(good, shape):
-    with pytest.raises(CascadeError):
-        Cascade(good).decode(torch.zeros(shape), "a red circle", width=128, height=128, steps=1)
-
-
-def test_latents_that_are_not_a_multiple_of_the_prompts(good):
-    with pytest.raises(CascadeError, match="3 latents for 2 prompts"):
-        Cascade(good).decode(torch.zeros(3, 16, 3, 3), ["a", "b"], steps=1)
-
-
-def test_latents_that_are_not_finite(good):
-    with pytest.raises(CascadeError, match="Stage B: the latent is not finite after step 1 of 2"):
-        Cascade(good).decode(torch.full((1, 16, 3, 3), float("nan")), steps=2)
-
-
-@pytest.mark.parametrize(
-    "name, tensor, said",
-    [
-        ("stage_c", "clf.1.bias", "Stage C: the latent is not finite after step 1 of 2"),
-        ("stage_b", "clf.1.bias", "Stage B: the latent is not finite after step 1 of 2"),
-        ("stage_a", "out_block.0.bias", "Stage A: the picture is not finite"),
-    ],
-)
-@pytest.mark.parametrize("value", [float("inf"), float("nan")])
-def test_no_black_picture_is_saved(refused, folder, name, tensor, said, value):
-    change(folder / FILES[name], lambda tensors: tensors[tensor].fill_(value))
-    assert said in refused(weights=folder)
-
-
-def test_weights_too_large_for_fp16_name_the_stage(refused, folder):
-    change(folder / FILES["stage_b"], lambda tensors: tensors["clf.1.bias"].fill_(1e5))
-    assert "Stage B" in refused("--decoder-dtype", "fp16", weights=folder)
-
-
-# ------------------------------------------------------------------------------------------------ the shell
-
-
-@pytest.mark.parametrize(
-    "arguments", [["a red circle", "--weights", "nowhere"], ["--steps"], ["a", "--width", "0"]], ids=str
-)
-def test_the_shell_sees_one_line_and_exit_status_2(arguments, tmp_path):
-    run = subprocess.run(
-        [sys.executable, ROOT / "cascade.py", *arguments], capture_output=True, text=True, cwd=tmp_path
-    )
-    assert run.returncode == 2 and run.stdout == "" and not list(tmp_path.iterdir())
-    assert run.stderr.startswith("cascade.py: ") and run.stderr.count("\n") == 1
-
-
-def test_networks_opened_by_hand_say_the_same(good, tmp_path):
-    with pytest.raises(CascadeError, match="there is no such file"):
-        load(tmp_path / "nowhere.safetensors")
-    with pytest.raises(CascadeError, match="wanted is text_encoder"):
-        text_encoder.load(good / "stage_a.safetensors")
-    with pytest.raises(CascadeError, match="wanted is stage_b or"):
-        load(good / "text_encoder" / "model.safetensors")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_the_default_dtype_changes_nothing(folder, dtype):
+    image = Cascade(folder)("a star", **WITH_IMAGES)
+    torch.set_default_dtype(dtype)
+    try:
+        assert torch.equal(Cascade(folder)("a star", **WITH_IMAGES), image)
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -1,28 +1,16 @@
-"""What the peers answered (tests/make_golden.py), and that every parameter has its say in it."""
-
-from pathlib import Path
+"""The networks, the sampler and the pipeline give the peers' answers (tests/make_golden.py), and every parameter counts
+in them."""
+import math
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from tiny import randomise, weight_sum, write_folder
+from helpers import RUNS, assert_same, golden, noise, relative_error
+from tiny import STAGE_B, file_name, networks, randomise, weight_sum, write_folder
 
-import cascade
 import sampler
-from model import UNet, UNetConfig, load
-from text_encoder import TOWERS
-from text_encoder import load as load_tower
-
-GOLDEN = Path(__file__).resolve().parent / "golden"
-RUNS = {
-    "stage_c": lambda network, **given: {"epsilon": network(**given)},
-    "stage_b": lambda network, **given: {"epsilon": network(**given)},
-    "stage_a": lambda network, z, image: {"decoded": network.decode(z), "encoded": network.encode(image)},
-    "text_encoder": lambda network, ids, mask: dict(zip(("hidden", "pooled"), network(ids, mask))),
-    "image_encoder": lambda network, pixels: {"embedding": network(pixels)},
-    "effnet_encoder": lambda network, image: {"latent": network(image)},
-    "previewer": lambda network, latent: {"picture": network(latent)},
-}
+import text_encoder
+from cascade import Cascade
+from model import UNet, load
 
 
 @pytest.fixture(scope="module")
@@ -30,117 +18,78 @@ def folder(tmp_path_factory):
     return write_folder(tmp_path_factory.mktemp("tiny"), seed=0)
 
 
-def golden(name):
-    tensors = load_file(GOLDEN / f"{name}.safetensors")
-    return [
-        {key[len(side) :]: value for key, value in tensors.items() if key.startswith(side)} for side in ("in.", "out.")
-    ]
-
-
-def opened(folder, name):
-    if name in TOWERS:
-        return load_tower(folder / name / "model.safetensors")
-    return load(folder / f"{name}.safetensors")
-
-
-def error(ours, theirs):
-    assert ours.shape == theirs.shape
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+def open_network(folder, name):
+    return (text_encoder.load if name in text_encoder.NETWORKS else load)(folder / file_name(name))
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_the_network_answers_as_its_peer_did(folder, name):
-    network, (given, answers) = opened(folder, name), golden(name)
-    drawn = load_file(GOLDEN / f"{name}.safetensors")["weights"]
-    assert torch.isclose(weight_sum(network), drawn), "this PyTorch draws other random weights: not the same network"
-    ours = RUNS[name](network, **given)
-    for key, theirs in answers.items():
-        assert theirs.std() > 0.1
-        assert error(ours[key], theirs) <= 1e-5, key
+def test_a_network_gives_its_peers_answer(folder, name):
+    inputs, theirs, weights = golden(name)
+    network = open_network(folder, name)
+    assert torch.isclose(weight_sum(network), weights), "this PyTorch draws other random weights"
+    ours = RUNS[name](network, **inputs)
+    for key in theirs:
+        assert theirs[key].std() > 0.1
+        assert_same(ours[key], theirs[key])
 
 
-# What an answer cannot depend on: the codebook, which neither encode nor decode reads, and the keys' bias, which adds
-# the same to every score of a query.
-SILENT = ("num_batches_tracked", "vquantizer.codebook.weight", "k_proj.bias")
+# The answers do not depend on the codebook, which neither encode nor decode reads, or on the bias of the keys, which
+# adds the same to every score of a query.
+WITHOUT_EFFECT = ("num_batches_tracked", "vquantizer.codebook.weight", "k_proj.bias")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
-def test_a_small_change_of_any_parameter_is_seen(folder, name):
-    network, (given, answers) = opened(folder, name), golden(name)
+def test_a_small_change_of_any_parameter_is_seen(name):
+    inputs, theirs, _ = golden(name)
+    network = networks()[name]
     for key, tensor in network.state_dict().items():
-        if key.endswith(SILENT):
+        if key.endswith(WITHOUT_EFFECT):
             continue
         before = tensor.clone()
-        tensor += 0.05 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1))
-        ours = RUNS[name](network, **given)
+        tensor += 0.05 * noise(*tensor.shape, seed=1)
+        ours = RUNS[name](network, **inputs)
         tensor.copy_(before)
-        seen = max(error(ours[answer], theirs) for answer, theirs in answers.items())
-        assert seen > 2e-5, f"{key}: {seen:.1e}"
+        error = max(relative_error(ours[answer], theirs[answer]) for answer in theirs)
+        assert error > 2e-5, f"{key}: {error:.1e}"
 
 
-def test_alpha_bar_is_the_schedulers():
-    given, answers = golden("scheduler")
-    assert (sampler.alpha_bar(given["t"]) - answers["alpha_bar"]).abs().max() <= 1e-6
+def test_alpha_bar_is_that_of_diffusers_scheduler():
+    inputs, theirs, _ = golden("scheduler")
+    assert (sampler.alpha_bar(inputs["t"]) - theirs["alpha_bar"]).abs().max() <= 1e-6
 
 
 def test_alpha_bar_is_the_cosine_schedule_in_double_precision():
-    """cos^2 of half a turn's half: without that half, alpha_bar(0.5) would be off by 5 in 10,000."""
-    import math
-
+    at_0 = math.cos(0.008 / 1.008 * math.pi / 2) ** 2
     for t in (0.02, 0.25, 0.5, 0.75, 0.97):
-        exact = math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2 / math.cos(0.008 / 1.008 * math.pi / 2) ** 2
+        exact = math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2 / at_0
         assert abs(sampler.alpha_bar(torch.tensor(t)).item() - exact) <= 1e-6
     assert sampler.alpha_bar(torch.tensor([0.0, 1.0])).tolist() == pytest.approx([0.9999, 0.0001])
 
 
-def test_every_step_is_the_schedulers():
-    given, answers = golden("scheduler")
-    a, source, x = sampler.alpha_bar(sampler.timesteps(10)), sampler.generators(4, 1), given["start"]
-    for i, theirs in enumerate(answers["steps"]):
-        noise = sampler.draw(source, (2, 4, 4), "cpu") * (i < 9)
-        x = sampler.ddpm(x, given["epsilon"][i : i + 1], noise, a[i], a[i + 1])
-        assert error(x, theirs[None]) <= 1e-5, f"step {i + 1}"
+def test_every_step_is_that_of_diffusers_scheduler():
+    inputs, theirs, _ = golden("scheduler")
+    a, x = sampler.alpha_bar(sampler.timesteps(10)), inputs["start"]
+    generators = sampler.generators(4, 1)
+    for i, expected in enumerate(theirs["steps"]):
+        noise = sampler.draw_noise(generators, (2, 4, 4), "cpu") * (i < 9)
+        x = sampler.ddpm(x, inputs["epsilon"][i:i + 1], noise, a[i], a[i + 1])
+        assert relative_error(x, expected[None]) <= 1e-5, f"step {i + 1}"
 
 
-def test_the_picture_is_the_pipelines(folder):
-    _, answers = golden("pipeline")
-    pipeline = cascade.Cascade(folder)
-    ours = [
-        pipeline(
-            ["a red circle", "three stars"],
-            ["blue", "a wall"],
-            steps=4,
-            guidance=4.0,
-            decoder_steps=3,
-            decoder_guidance=1.5,
-            seed=7,
-            output=output,
-        )
-        for output in ("latent", "pt")
-    ]
-    assert error(ours[0], answers["latents"]) <= 1e-5
-    assert 0.1 < answers["pixels"].std() and ((answers["pixels"] > 0) & (answers["pixels"] < 1)).float().mean() > 0.5
-    assert error(ours[1][:, :, ::4, ::4], answers["pixels"]) <= 1e-5
+def test_the_image_is_that_of_diffusers_pipeline(folder):
+    _, theirs, _ = golden("pipeline")
+    pixels = theirs["pixels"]
+    assert pixels.std() > 0.1 and ((pixels > 0) & (pixels < 1)).float().mean() > 0.5
+    options = dict(steps=4, guidance=4.0, decoder_steps=3, decoder_guidance=1.5, seed=7)
+    prompts, negative = ["a red circle", "three stars"], ["blue", "a wall"]
+    latents = Cascade(folder)(prompts, negative, output="latent", **options)
+    assert_same(latents, theirs["latents"])
+    assert_same(Cascade(folder)(prompts, negative, output="pt", **options)[:, :, ::4, ::4], pixels)
 
 
-def test_no_network_is_too_simple_to_tell_skips_apart():
-    """A level that is passed twice reads its skip twice; a network that read it once would answer otherwise."""
-    config = UNetConfig(
-        widths=(64, 64),
-        down=("RT", "RT"),
-        up=("RT", "RT"),
-        down_repeat=(1, 1),
-        up_repeat=(1, 2),
-        c_cond=16,
-        latent=4,
-        patch=2,
-        extras=("sca",),
-        text=8,
-        semantic=16,
-    )
-    network = randomise(UNet(config), 9)
-    x, r, pooled = torch.randn(1, 4, 8, 8), torch.rand(1), torch.randn(1, 8)
-    seen, read = [], network.up_blocks[1][0].forward
-    network.up_blocks[1][0].forward = lambda x, t, cond, skip: (seen.append(skip), read(x, t, cond, skip))[1]
-    network(x, r, pooled)
-    assert len(seen) == 2 and torch.equal(*seen)
+def test_a_level_that_repeats_reads_its_skip_every_time():
+    network, skips = randomise(UNet(STAGE_B), 9), []
+    network.up_blocks[1][0].register_forward_pre_hook(lambda block, inputs: skips.append(inputs[3]))
+    network(torch.randn(1, 4, 8, 8), torch.rand(1), torch.randn(1, 64))
+    assert len(skips) == 2 and torch.equal(*skips)

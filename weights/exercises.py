@@ -1,7 +1,7 @@
-"""Does the eight exercises of README's lesson on a copy of the project: changes a line, draws, and says how far the
-picture is from the unchanged one (the mean over its values, 0 to 255) and what the judge of shapes.py reads in it.
+"""Does the exercises of LESSON.md on a copy of the project: changes a line, draws, and prints the difference from the
+unchanged image (mean over its values, 0 to 255) and what the evaluator of shapes.py detects in it.
 
-    python weights/exercises.py FOLDER              the pictures and the copy stay in FOLDER
+    python weights/exercises.py FOLDER              the images and the copy stay in FOLDER
 """
 import shutil
 import subprocess
@@ -12,52 +12,93 @@ import numpy as np
 from PIL import Image
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
+sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import shapes                                                                           # noqa: E402
+from cascade import Cascade                                                             # noqa: E402
 
 MODULES = ("cascade.py", "model.py", "sampler.py", "text_encoder.py")
-PROMPT = "a small yellow star above a large blue circle"
-EXERCISES = (("sampler.py", "epsilon = unwanted + guidance * (wanted - unwanted)", "epsilon = wanted"),
-             ("sampler.py", "return mean + variance.sqrt() * noise", "return mean"),
-             ("text_encoder.py", "return x, self.text_projection", "return x * mask[..., None], self.text_projection"),
-             ("model.py", "return self.clip_norm(torch.cat(tokens, dim=1))",
-              "return self.clip_norm(torch.cat(tokens, dim=1)) * 0"),
-             ("cascade.py", "torch.cat([latents, ", "torch.cat([latents.transpose(2, 3), "),
-             ("model.py", "skips.append(x)", "skips.append(x * 0)"),
-             ("model.py", "return x * (1 + scale) + shift", "return x"),
-             ("cascade.py", "stage_a.decode(one[None].to(dtype))",
-              "stage_a.decode(stage_a.quantise(one[None].to(dtype))[0])"))
+PROMPT, SEED = "a small yellow star above a large blue circle", 20
+OPEN_PROMPT = "a circle"                                        # exercise 5: it leaves nearly everything open
+EXERCISES = {                                                   # number: file, code, changed code; 5 changes none
+    1: ("sampler.py", "eps = uncond + guidance * (cond - uncond)", "eps = cond"),
+    2: ("sampler.py", "return mean + variance.sqrt() * noise", "return mean"),
+    3: ("text_encoder.py", "return x, pooled.unsqueeze(1)", "return x * mask[..., None], pooled.unsqueeze(1)"),
+    4: ("model.py", "return self.clip_norm(torch.cat(tokens, dim=1))",
+        "return self.clip_norm(torch.cat(tokens, dim=1)) * 0"),
+    6: ("model.py", "skips.append(x)", "skips.append(x * 0)"),
+    7: ("model.py", "return x * (1 + scale) + shift", "return x"),
+    8: ("cascade.py", "stage_a.decode(latent[None].to(self.dtypes[\"stage_a\"]))",
+        "stage_a.decode(stage_a.quantise(latent[None].to(self.dtypes[\"stage_a\"]))[0])"),
+    9: ("sampler.py", "return mean + variance.sqrt() * noise",
+        "x0 = predict_x0(x, eps, a)\n    return a_next.sqrt() * x0 + (1 - a_next).sqrt() * eps")}
 
 
-def draw(folder, name, prompt=PROMPT, *options):
-    """-> the picture (128, 128, 3), 0 to 255, and what it shows."""
-    command = [sys.executable, "cascade.py", prompt, "--seed", "3", "--weights", HERE / "tiny", "-o", f"{name}.png"]
-    subprocess.run([*command, *options], cwd=folder, check=True, capture_output=True)
-    picture = np.asarray(Image.open(folder / f"{name}.png"))
-    seen = shapes.judge(picture)
-    things = [f"{thing.size} {thing.colour} {thing.shape} at ({thing.x:.0f}, {thing.y:.0f})" for thing in seen.things]
-    return picture.astype(float), f"{', '.join(things) or 'nothing'} on {seen.ground}"
+def change(source, old, new, file):
+    """Source code with one place changed, which must be there exactly once."""
+    if source.count(old) != 1:
+        sys.exit(f"{file}: expected {old!r} once, found it {source.count(old)} times")
+    return source.replace(old, new)
+
+
+def draw(folder, name, *options, prompt=PROMPT):
+    """Runs the command in a folder -> the image, (128, 128, 3) from 0 to 255."""
+    command = [sys.executable, "cascade.py", prompt, "--seed", str(SEED), "--weights", str(HERE / "tiny")]
+    command += ["-o", f"{name}.png", *options]
+    subprocess.run(command, cwd=folder, check=True, stderr=subprocess.DEVNULL)
+    return np.asarray(Image.open(folder / f"{name}.png")).astype(float)
+
+
+def describe(image):
+    scene = shapes.detect(image.astype(np.uint8))
+    found = [f"{item.size} {item.colour} {item.shape} at ({item.x:.0f}, {item.y:.0f})" for item in scene.objects]
+    return f"{', '.join(found) or 'nothing'} on {scene.background}"
+
+
+def difference(image, other):
+    return f"difference {abs(image - other).mean():.1f}, at most {abs(image - other).max():.0f}"
+
+
+def two_seeds():
+    """Exercise 5: another seed for Stage B only, then another seed for Stage C only; the mean difference of eight."""
+    cascade = Cascade(HERE / "tiny", keep=True)
+    latents = cascade.prior(OPEN_PROMPT, images=9)              # seeds 0 to 8
+    pairs = [(0, i) for i in range(9)] + [(i, 0) for i in range(1, 9)]
+    images = []
+    for prior_seed, decoder_seed in pairs:
+        latent = latents[prior_seed:prior_seed + 1]
+        images.append(255 * cascade.decode(latent, OPEN_PROMPT, seed=decoder_seed, output="np")[0])
+    differences = [abs(image - images[0]).mean() for image in images]
+    print(f"5: '{OPEN_PROMPT}', another seed for Stage B: difference {np.mean(differences[1:9]):.1f}")
+    print(f"   another seed for Stage C: difference {np.mean(differences[9:]):.1f}", flush=True)
 
 
 def main(folder):
     folder.mkdir(parents=True, exist_ok=True)
-    for file in MODULES:
-        shutil.copy(HERE.parent / file, folder)
-    before, seen = draw(folder, "before")
-    print(f"before: {seen}")
-    for number, (file, old, new) in enumerate(EXERCISES, 1):
-        source = (HERE.parent / file).read_text("utf-8")
-        (folder / file).write_text(source.replace(old, new), "utf-8")
-        after, seen = draw(folder, str(number))
-        other = draw(folder, f"{number}-heart", "a green heart")[0] if number == 4 else None
+    sources = {file: (HERE.parent / file).read_text("utf-8") for file in MODULES}
+    for file, source in sources.items():
         (folder / file).write_text(source, "utf-8")
-        print(f"{number}: {abs(after - before).mean():.1f}: {seen}", flush=True)
+    before = draw(folder, "before")
+    fifty = draw(folder, "before-50-steps", "--steps", "50")
+    print(f"before: {describe(before)}\n   with 50 steps: {difference(before, fifty)}", flush=True)
+    for number in range(1, 10):
+        if number == 5:
+            two_seeds()
+            continue
+        file, old, new = EXERCISES[number]
+        (folder / file).write_text(change(sources[file], old, new, file), "utf-8")
+        after = draw(folder, str(number))
+        print(f"{number}: {difference(after, before)}: {describe(after)}", flush=True)
+        if number == 4:
+            heart = draw(folder, "4-heart", prompt="a green heart")
+            print(f"   'a green heart': {difference(after, heart)}")
+        if number == 9:
+            fifty = draw(folder, "9-50-steps", "--steps", "50")
+            print(f"   with 50 steps: {difference(after, fifty)}: {describe(fifty)}")
+        (folder / file).write_text(sources[file], "utf-8")
         if number == 1:
-            other = draw(folder, "1-guidance", PROMPT, "--guidance", "1")[0]
-        if other is not None:
-            print(f"   {abs(after - other).max():.0f} at most from the picture of "
-                  f"{'--guidance 1' if number == 1 else 'another prompt'}")
+            option = draw(folder, "1-guidance", "--guidance", "1")
+            print(f"   --guidance 1: {difference(after, option)}")
 
 
 if __name__ == "__main__":

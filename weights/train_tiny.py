@@ -1,22 +1,26 @@
-"""Trains a whole small Stable Cascade from nothing on two CPU cores, with the official classes unchanged.
+"""Trains a complete small Stable Cascade from scratch on two CPU cores, with the official classes.
 
-    python weights/train_tiny.py all                            # one stage after the other: some five hours of one core
-    python weights/train_tiny.py all --quick --out /tmp/quick   # a minute: proves that everything runs, draws nothing
+    python weights/train_tiny.py all                            # every stage in turn
+    python weights/train_tiny.py all --quick --out /tmp/quick   # a minute: tests the code, learns nothing
 
-The chapters, in the order of the file (b needs a and encoder, c needs clip):
+The stages, in the order of this file (b needs a and encoder; clip needs encoder; c needs clip):
 
-    tokenizer   the merges of a byte-pair vocabulary, from captions
-    a           Stage A: picture <-> 4x32x32 latent, by reconstruction
-    encoder     picture -> 16x3x3 semantic latent, with a plain decoder beside it that is thrown away
-    clip        the text tower and the image tower, by telling which caption belongs to which picture
+    tokenizer   a byte-pair vocabulary, from captions
+    a           Stage A: image <-> 4x32x32 latent, by reconstruction
+    encoder     image -> 16x3x3 semantic latent, with a plain decoder that is discarded afterwards
+    clip        text encoder and image encoder, by matching captions to images
     b           Stage B: image latent from semantic latent, by predicting noise
-    c           Stage C: semantic latent from a caption, by predicting noise
-    previewer   semantic latent -> a picture of 24x24, by reconstruction
+    c           Stage C: semantic latent from caption, by predicting noise
+    previewer   semantic latent -> 24x24 image, by reconstruction
 
-Every stage goes on from its last checkpoint in --work, so it can be killed at any time, leaves pictures of what it has
-learned so far there, and writes its result to --out under the official name, where `python cascade.py` finds it.
+Every stage resumes from its last checkpoint in --work, so it can be interrupted at any time. It saves
+sample images there, and writes its result to --out under the official name, where `python cascade.py`
+finds it.
+
+Shapes: B batch, 128x128 pixels, image latents (B, 4, 32, 32), semantic latents (B, 16, 3, 3).
 """
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -38,362 +42,491 @@ from torch import nn
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
-import shapes                                                                                           # noqa: E402
-from model import (Previewer, PreviewerConfig, SemanticEncoder, SemanticEncoderConfig, StageA,          # noqa: E402
-                   StageAConfig, UNet, UNetConfig, load)
-from sampler import alpha_bar                                                                           # noqa: E402
-from text_encoder import END, START, ImageConfig, ImageEncoder, TextConfig, TextEncoder, Tokenizer      # noqa: E402
-from text_encoder import load as load_tower                                                             # noqa: E402
-from wire import wire                                                                                   # noqa: E402
+import shapes                                                                           # noqa: E402
+import text_encoder                                                                     # noqa: E402
+from model import (                                                                     # noqa: E402
+    Previewer, PreviewerConfig, SemanticEncoder, SemanticEncoderConfig, StageA, StageAConfig, UNet,
+    UNetConfig, load,
+)
+from sampler import alpha_bar, predict_x0                                               # noqa: E402
+from text_encoder import (                                                              # noqa: E402
+    END, START, ImageConfig, ImageEncoder, TextConfig, TextEncoder, Tokenizer,
+)
+from wire import wire                                                                   # noqa: E402
 
 STAGE_A = StageAConfig(widths=(16, 48), deep_blocks=2, codes=64)
-ENCODER = SemanticEncoderConfig(stem=16, stages=((True, 1, 16, 1), (True, 4, 24, 1), (True, 4, 48, 1),
-                                                 (False, 4, 64, 2), (False, 4, 96, 2), (False, 4, 96, 1)), head=256)
-STAGE_B = UNetConfig(widths=(64, 128, 192), down=("RT", "RT", "RTA"), up=("RTARTARTA", "RTRT", "RTRT"),
-                     down_repeat=(1, 1, 1), up_repeat=(1, 1, 1), c_cond=64, latent=4, patch=2, extras=("sca",),
-                     text=128, semantic=16)
-STAGE_C = UNetConfig(widths=(192, 192), down=("RTA", "RTA"), up=("RTA", "RTA"), down_repeat=(1, 1), up_repeat=(1, 1),
-                     c_cond=128, latent=16, patch=1, extras=("sca", "crp"), text=128, image=128, switch=(False,))
-TEXT = TextConfig(length=32, width=128, layers=3, hidden=256, projection=128)       # the tokenizer says its vocabulary
+ENCODER = SemanticEncoderConfig(
+    stem=16,
+    stages=((True, 1, 16, 1), (True, 4, 24, 1), (True, 4, 48, 1),
+            (False, 4, 64, 2), (False, 4, 96, 2), (False, 4, 96, 1)),
+    head=256,
+)
+STAGE_B = UNetConfig(
+    widths=(64, 128, 192), down=("RT", "RT", "RTA"), up=("RTARTARTA", "RTRT", "RTRT"),
+    down_repeat=(1, 1, 1), up_repeat=(1, 1, 1), c_cond=64, latent_channels=4, patch_size=2,
+    time_conditions=("sca",), text_dim=128, semantic_channels=16,
+)
+STAGE_C = UNetConfig(
+    widths=(192, 192), down=("RTA", "RTA"), up=("RTA", "RTA"),
+    down_repeat=(1, 1), up_repeat=(1, 1), c_cond=128, latent_channels=16, patch_size=1,
+    time_conditions=("sca", "crp"), text_dim=128, image_dim=128,
+)
+TEXT = TextConfig(length=32, width=128, layers=3, hidden=256, projection=128)   # vocabulary: later
 IMAGE = ImageConfig(side=64, patch=8, width=128, layers=4, hidden=256, projection=128)
-PREVIEWER = PreviewerConfig((128, 96, 48, 32))
-SEMANTIC_SIDE = 96          # the encoder sees pictures at 3/4 of their size, as in the official cascade
-NOISE = 0.1                 # added to semantic latents while decoders train, so that Stage C may err that much
+PREVIEWER = PreviewerConfig(widths=(128, 96, 48, 32))
+SEMANTIC_SIDE = 96          # the encoder sees images at 3/4 of their size, as in the official cascade
+ENCODER_FILE = "effnet_encoder.safetensors"
+LATENT_NOISE = 0.1          # added to semantic latents while decoders train: Stage C makes errors too
 
 
-# ------------------------------------------------------------------------------------------------ the world, in batches
+# ---- batches of the synthetic dataset --------------------------------------------------------------
 
-def scenes(count, seed, two=0.5):
-    """Always the same for a seed; a stage takes its own range of seeds, so no two steps see the same batch."""
+def sample_scenes(count, seed, two=0.5):
+    """The same scenes for the same seed. Every stage has its own range of seeds, so no two training
+    steps see the same batch."""
     rng = np.random.default_rng(seed)
     return [shapes.sample_scene(rng, two) for _ in range(count)]
 
 
-def pictures(batch):
-    """Scenes -> (B, 3, 128, 128) in [0, 1]."""
-    return torch.from_numpy(np.stack([shapes.render(scene) for scene in batch])).permute(0, 3, 1, 2).float() / 255
+def render_batch(scenes):
+    """Scenes -> images (B, 3, 128, 128) in [0, 1]."""
+    images = np.stack([shapes.render(scene) for scene in scenes])                       # (B, 128, 128, 3)
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
 
 
-def shrink(image, side):
-    return F.interpolate(image, (side, side), mode="bilinear", antialias=True, align_corners=False)
+def downscale(images, side):
+    size = (side, side)
+    return F.interpolate(images, size, mode="bilinear", antialias=True, align_corners=False)
 
 
-def cache(options, name, batches, compute):
-    """What a frozen network says of many pictures, computed once and kept in --work: (count, ...), fp16."""
-    path, clock = options.work / f"cache_{name}.safetensors", time.time()
+def cached(options, name, batches, network, file):
+    """The output of a frozen network for many images, fp16. It is computed once for each number of
+    batches and each content of the network's file, and kept in --work."""
+    key = hashlib.sha256((options.out / file).read_bytes() + str(len(batches)).encode()).hexdigest()
+    path = options.work / f"cache_{name}_{key[:12]}.safetensors"
     if not path.exists():
+        start = time.time()
         with torch.inference_mode():
-            parts = [compute(pictures(batch)).half() for batch in batches]
-        write({"latents": torch.cat(parts)}, path)
-        print(f"{name}: {len(parts)} batches of latents cached in {time.time() - clock:.0f} s", flush=True)
+            parts = [network(render_batch(batch)).half() for batch in batches]
+        save_atomically({"latents": torch.cat(parts)}, path)
+        print(f"{name}: {len(parts)} batches cached in {time.time() - start:.0f} s", flush=True)
     return load_file(path)["latents"]
 
 
-# ------------------------------------------------------------------------------------------------ the loop
+# ---- the training loop -----------------------------------------------------------------------------
 
 def adamw(network, lr):
     return [torch.optim.AdamW(network.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.01)]
 
 
 def muon(network, lr):
-    """Matrices learn from orthogonalised gradients (Jordan et al., Muon, 2024), more from every step; the rest, and
-    what maps conditions, from AdamW's. Nothing decays: what is wired must stay."""
-    learning = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
-    matrices = [p for name, p in learning if p.dim() == 2 and "mapper" not in name and "embedding" not in name]
-    others = [p for name, p in learning if p.dim() != 2 or "mapper" in name or "embedding" in name]
-    return [torch.optim.Muon(matrices, lr, weight_decay=0, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=0)]
+    """Muon (Jordan et al., 2024) for matrices: orthogonalised gradients learn more from every step.
+    AdamW for everything else and for the mappers of conditions. No weight decay: it would change the
+    fixed weights of wire.py."""
+    matrices = []
+    others = []
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            is_matrix = parameter.dim() == 2 and "mapper" not in name and "embedding" not in name
+            (matrices if is_matrix else others).append(parameter)
+    return [
+        torch.optim.Muon(matrices, lr, weight_decay=0, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=0),
+    ]
 
 
-def train(name, network, loss_of, steps, lr, work, method=adamw, show=None):
-    """A short warm-up (after a resume too), a cosine to zero, and a moving average of the weights, which is what stays.
-    loss_of(step) is a dict of losses whose sum is minimised, show() what the network can do by now, (B, 3, H, W)."""
-    checkpoint, start, clock, told, every = work / f"{name}.safetensors", 0, time.time(), [], min(100, steps // 4)
-    if checkpoint.exists():
-        state = load_file(checkpoint)
-        network.load_state_dict({key: state[f"network.{key}"] for key in network.state_dict()})
-        with safe_open(checkpoint, framework="pt") as file:
-            start = int(file.metadata()["step"])
+def learning_rate(lr, step, start, steps):
+    """A short linear warm-up, also after resuming, and a cosine decay to zero."""
+    warm_up = (step - start + 1) / min(200, steps // 4)
+    cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
+    return lr * min(warm_up, cosine)
+
+
+def update_average(average, network, step):
+    """The exponential moving average of the weights, with a shorter memory in the first steps."""
+    decay = min(0.999, (step + 1) / (step + 20))
+    for key, value in network.state_dict().items():
+        if value.is_floating_point():
+            average[key].lerp_(value, 1 - decay)
+        else:
+            average[key].copy_(value)
+
+
+def save_checkpoint(path, network, average, step):
+    state = {f"network.{key}": value for key, value in network.state_dict().items()}
+    state |= {f"average.{key}": value for key, value in average.items()}
+    save_atomically(state, path, {"step": str(step)})
+
+
+def load_checkpoint(path, network):
+    """Fills the network -> (the moving average, the number of steps done)."""
+    if not path.exists():
+        return {key: value.clone() for key, value in network.state_dict().items()}, 0
+    state = load_file(path)
+    network.load_state_dict({key: state[f"network.{key}"] for key in network.state_dict()})
+    with safe_open(path, framework="pt") as file:
+        step = int(file.metadata()["step"])
+    return {key: state[f"average.{key}"] for key in network.state_dict()}, step
+
+
+def save_preview(path, network, preview):
+    with torch.inference_mode():
+        network.eval()
+        row = torch.cat(list(preview()), dim=2)                                         # (3, H, B * W)
+        network.train()
+    Image.fromarray((row.clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy()).save(path)
+
+
+def train(name, network, compute_losses, steps, lr, work, optimizers=adamw, preview=None):
+    """Minimises the sum of the losses and returns the network with the moving average of its weights.
+
+    compute_losses(step)    -> {name: loss}
+    preview()               -> images (B, 3, H, W) that show the current state of the network
+    """
+    checkpoint = work / f"{name}.safetensors"
+    average, start = load_checkpoint(checkpoint, network)
+    if start:
         print(f"{name}: continues at step {start}", flush=True)
-    average = {key: state[f"average.{key}"] if start else value.clone() for key, value in network.state_dict().items()}
-    optimizers, saved = method(network.train(), lr), time.time()
+    optimizers = optimizers(network.train(), lr)
+    interval = min(100, steps // 4)
+    history = []
+    start_time = time.time()
+    saved_time = start_time
     for step in range(start, steps):
         torch.manual_seed(step)
-        losses = loss_of(step)
+        losses = compute_losses(step)
         network.zero_grad()
         sum(losses.values()).backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = lr * min((step - start + 1) / min(200, steps // 4),
-                                                       0.5 + 0.5 * math.cos(math.pi * step / steps))
+            optimizer.param_groups[0]["lr"] = learning_rate(lr, step, start, steps)
             optimizer.step()
-        decay = min(0.999, (step + 1) / (step + 20))
-        for key, value in network.state_dict().items():
-            average[key].lerp_(value, 1 - decay) if value.is_floating_point() else average[key].copy_(value)
-        told.append([value.item() for value in losses.values()])
-        if (step + 1) % every == 0:
-            means = "  ".join(f"{key} {mean:.5f}" for key, mean in zip(losses, np.mean(told, 0)))
-            print(f"{name} {step + 1}/{steps}  {means}  {time.time() - clock:.0f} s", flush=True)
-            told = []
-        if time.time() - saved > 120 or step == steps - 1:
-            state = {f"network.{key}": value for key, value in network.state_dict().items()}
-            state |= {f"average.{key}": value for key, value in average.items()}
-            write(state, checkpoint, {"step": str(step + 1)})
-            if show:
-                with torch.inference_mode():
-                    row = torch.cat([*(network.eval() and show())], dim=2)              # (3, H, B * W)
-                Image.fromarray((row.clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy()).save(work / f"{name}.png")
-            network.train()
-            saved = time.time()
+        update_average(average, network, step)
+
+        history.append([value.item() for value in losses.values()])
+        if (step + 1) % interval == 0:
+            means = "  ".join(f"{key} {mean:.5f}" for key, mean in zip(losses, np.mean(history, 0)))
+            print(f"{name} {step + 1}/{steps}  {means}  {time.time() - start_time:.0f} s", flush=True)
+            history = []
+        if time.time() - saved_time > 120 or step == steps - 1:
+            save_checkpoint(checkpoint, network, average, step + 1)
+            if preview:
+                save_preview(work / f"{name}.png", network, preview)
+            saved_time = time.time()
     network.load_state_dict(average)
     return network.eval()
 
 
-def write(tensors, path, metadata=None):
-    """All or nothing: a kill while writing leaves the old file whole."""
+def save_atomically(tensors, path, metadata=None):
+    """An interruption while writing leaves the old file intact."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({key: value.contiguous() for key, value in tensors.items()}, f"{path}.part", metadata)
+    tensors = {key: value.contiguous() for key, value in tensors.items()}
+    save_file(tensors, f"{path}.part", metadata)
     os.replace(f"{path}.part", path)
 
 
-def publish(network, path, metadata=None):
-    """The result: fp16, but for what a batch norm counts."""
-    write({key: value.half() if value.is_floating_point() else value for key, value in network.state_dict().items()},
-          path, metadata)
+def save_fp16(network, path, metadata=None):
+    """The result. Integers, the counters of batch norms, keep their type."""
+    state = network.state_dict()
+    tensors = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
+    save_atomically(tensors, path, metadata)
 
 
-# ------------------------------------------------------------------------------------------------ tokenizer
+# ---- tokenizer -------------------------------------------------------------------------------------
 
 def train_tokenizer(options):
-    """CLIP's vocabulary in small: 256 bytes, the same at a word's end, then merges until every word of the captions is
-    one token, then start and end, in CLIP's order."""
+    """A small version of CLIP's vocabulary, in its order: 256 bytes, the same at the end of a word,
+    merges until every word of the captions is one token, start and end."""
     rng = np.random.default_rng(0)
-    captions = [shapes.caption(scene, rng).lower() for scene in scenes(20000, seed=0)]
+    captions = [shapes.caption(scene, rng).lower() for scene in sample_scenes(20000, seed=0)]
     bpe = BytePairTokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
-    trainer = trainers.BpeTrainer(vocab_size=2000, end_of_word_suffix="</w>", show_progress=False)
-    bpe.train_from_iterator(captions, trainer)
+    split = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()]
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(split)
+    bpe_trainer = trainers.BpeTrainer(vocab_size=2000, end_of_word_suffix="</w>", show_progress=False)
+    bpe.train_from_iterator(captions, bpe_trainer)
     merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = letters + [letter + "</w>" for letter in letters] + ["".join(merge) for merge in merges] + [START, END]
+    tokens = letters + [letter + "</w>" for letter in letters]
+    tokens += ["".join(merge) for merge in merges]
+    tokens += [START, END]
+
     folder = options.out / "tokenizer"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}), "utf-8")
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), "utf-8")
-    print(f"tokenizer: {len(words)} tokens, {len(merges)} merges")
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary), "utf-8")
+    lines = ["#version: 0.2"] + [f"{a} {b}" for a, b in merges]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", "utf-8")
+    print(f"tokenizer: {len(tokens)} tokens, {len(merges)} merges")
 
 
-# ------------------------------------------------------------------------------------------------ Stage A
+# ---- Stage A ---------------------------------------------------------------------------------------
 
 def train_a(options):
-    """Reconstruction, on 64 x 64 crops: Stage A only looks at what is near."""
+    """Reconstruction of 64x64 crops: Stage A only sees a small neighbourhood anyway."""
     network = StageA(STAGE_A)
     for block in network.modules():
         if hasattr(block, "gammas"):
-            nn.init.constant_(block.gammas[2], 0.3), nn.init.constant_(block.gammas[5], 0.3)
+            nn.init.constant_(block.gammas[2], 0.3)
+            nn.init.constant_(block.gammas[5], 0.3)
     nn.init.normal_(network.vquantizer.codebook.weight)
 
-    def loss_of(step):
-        image = pictures(scenes(16, seed=[1, step]))
-        corner = torch.randint(0, 17, (2,)) * 4
-        image = image[:, :, corner[0]:corner[0] + 64, corner[1]:corner[1] + 64]
-        seen = network.decode(network.encode(image))
-        return {"mse": F.mse_loss(seen, image), "l1": 0.1 * F.l1_loss(seen, image)}
+    def compute_losses(step):
+        images = render_batch(sample_scenes(16, seed=[1, step]))
+        top, left = torch.randint(0, 17, (2,)) * 4
+        images = images[:, :, top:top + 64, left:left + 64]
+        reconstruction = network.decode(network.encode(images))
+        mse = F.mse_loss(reconstruction, images)
+        return {"mse": mse, "l1": 0.1 * F.l1_loss(reconstruction, images)}
 
-    def show():
-        return network.decode(network.encode(pictures(scenes(8, 8))))
+    def preview():
+        return network.decode(network.encode(render_batch(sample_scenes(8, 8))))
 
-    network = train("a", network, loss_of, options.steps or 8000, 3e-3, options.work, show=show)
-    publish(network, options.out / "stage_a.safetensors")
+    steps = options.steps or 8000
+    network = train("a", network, compute_losses, steps, 3e-3, options.work, preview=preview)
+    save_fp16(network, options.out / "stage_a.safetensors")
 
 
-# ------------------------------------------------------------------------------------------------ the semantic encoder
+# ---- semantic encoder ------------------------------------------------------------------------------
+
+SHAPE_CODES = dict(zip(shapes.SHAPES, shapes.COLOURS))          # shape -> the colour that stands for it
+
+
+def shape_map(scene):
+    """The same scene on black, each object in a colour that stands for its shape."""
+    objects = tuple(replace(item, colour=SHAPE_CODES[item.shape]) for item in scene.objects)
+    return replace(scene, objects=objects, background="black")
+
 
 def train_encoder(options):
-    """The official encoder started from an ImageNet classifier, so it knew names before it learned to compress. Ours
-    learns both at once: a plain decoder must paint from the latent, at 48 x 48, the picture and beside it the same
-    scene with every shape in a colour of its own on black, which asks for the name of what lies there."""
-    codes = dict(zip(shapes.SHAPES, shapes.COLOURS))                    # shape -> the colour that names it
-    network = nn.ModuleDict({"encoder": SemanticEncoder(ENCODER),
-                             "decoder": Previewer(PreviewerConfig((192, 128, 64, 32, 16)))})
-    network.decoder.blocks[-1] = nn.Conv2d(16, 6, 1)
+    """The official encoder starts from an ImageNet classifier, which knows classes before it learns
+    to compress. Ours learns both at once: from the latent, a plain decoder must reconstruct the image
+    at 48x48 and, next to it, a map of the shapes, which asks for the class of each object."""
+    encoder = SemanticEncoder(ENCODER)
+    decoder = Previewer(PreviewerConfig(widths=(192, 128, 64, 32, 16)))
+    network = nn.ModuleDict({"encoder": encoder, "decoder": decoder})
+    network.decoder.blocks[-1] = nn.Conv2d(16, 6, 1)            # 3 channels of the image, 3 of the map
     network.to(memory_format=torch.channels_last)
 
-    def loss_of(step):
-        batch = scenes(64, seed=[2, step])
-        names = [replace(scene, things=tuple(replace(thing, colour=codes[thing.shape]) for thing in scene.things),
-                         ground="black") for scene in batch]
-        image, names = pictures(batch), pictures(names)
-        latent = network.encoder(shrink(image, SEMANTIC_SIDE).contiguous(memory_format=torch.channels_last))
-        seen = network.decoder(latent + NOISE * torch.randn_like(latent))
-        image, names = shrink(image, 48), shrink(names, 48)
-        weight = 1 + 4 * (names.amax(1, keepdim=True) > 0.2)            # things are few pixels, and what matters
-        return {"picture": (weight * (seen[:, :3] - image) ** 2).mean(),
-                "names": (weight * (seen[:, 3:] - names) ** 2).mean()}
+    def compute_losses(step):
+        scenes = sample_scenes(64, seed=[2, step])
+        images = render_batch(scenes)
+        maps = render_batch([shape_map(scene) for scene in scenes])
+        small = downscale(images, SEMANTIC_SIDE).contiguous(memory_format=torch.channels_last)
+        latent = network.encoder(small)                                                 # (64, 16, 3, 3)
+        latent = latent + LATENT_NOISE * torch.randn_like(latent)
+        decoded = network.decoder(latent)                                               # (64, 6, 48, 48)
+        images = downscale(images, 48)
+        maps = downscale(maps, 48)
+        weight = 1 + 4 * (maps.amax(1, keepdim=True) > 0.2)     # objects are few pixels but matter most
+        return {"image": (weight * (decoded[:, :3] - images) ** 2).mean(),
+                "map": (weight * (decoded[:, 3:] - maps) ** 2).mean()}
 
-    def show():
-        return network.decoder(network.encoder(shrink(pictures(scenes(8, 8)), SEMANTIC_SIDE)))[:, :3]
+    def preview():
+        images = downscale(render_batch(sample_scenes(8, 8)), SEMANTIC_SIDE)
+        return network.decoder(network.encoder(images))[:, :3]
 
-    network = train("encoder", network, loss_of, options.steps or 3000, 2e-3, options.work, show=show)
-    publish(network.encoder, options.out / "effnet_encoder.safetensors")
+    steps = options.steps or 3000
+    network = train("encoder", network, compute_losses, steps, 2e-3, options.work, preview=preview)
+    save_fp16(network.encoder, options.out / ENCODER_FILE)
 
 
-# ------------------------------------------------------------------------------------------------ the two CLIP towers
+# ---- text encoder and image encoder ----------------------------------------------------------------
 
-def described(options):
-    """Scenes that will be told in captions, and their semantic latents (122880, 16, 3, 3)."""
-    encoder = load(options.out / "effnet_encoder.safetensors", dtype=torch.float32)
-    batches = [scenes(64, [4, i], two=0.6) for i in range(options.count // 64 if options.count else 1920)]
-    return sum(batches, []), cache(options, "semantics", batches, lambda image: encoder(shrink(image, SEMANTIC_SIDE)))
+def load_encoder(options):
+    """The semantic encoder as a function of images (B, 3, 128, 128)."""
+    encoder = load(options.out / ENCODER_FILE, dtype=torch.float32)
+    return lambda images: encoder(downscale(images, SEMANTIC_SIDE))
+
+
+def captioned_scenes(options):
+    """The scenes that clip and c describe in captions, and their semantic latents (122880, 16, 3, 3)."""
+    count = options.count or 122880
+    batches = [sample_scenes(64, [4, i], two=0.6) for i in range(count // 64)]
+    return sum(batches, []), cached(options, "semantics", batches, load_encoder(options), ENCODER_FILE)
 
 
 def train_clip(options):
-    """Of 128 captions and 128 pictures, which belong together? Asked that alone, towers so small that see so little
-    learn the colours and not much more. So they must also tell the semantic latent, each from its one vector and both
-    through the same plain decoder, which is thrown away: that asks for shapes, sizes and who stands where."""
+    """Of 128 captions and 128 images, which belong together? From that alone, encoders this small learn
+    colours and little else. So each must also predict the semantic latent from its embedding, both
+    with the same plain decoder, which is discarded: that requires shapes, sizes and positions."""
     tokenizer = Tokenizer(options.out / "tokenizer", TEXT.length)
-    text = TextEncoder(replace(TEXT, vocabulary=tokenizer.bpe.get_vocab_size(), end=tokenizer.end))
-    image, all_scenes, semantics = ImageEncoder(IMAGE), *described(options)
+    vocabulary = tokenizer.bpe.get_vocab_size()
+    text = TextEncoder(replace(TEXT, vocabulary=vocabulary, end=tokenizer.end))
+    image = ImageEncoder(IMAGE)
+    scenes, semantics = captioned_scenes(options)
     nn.init.normal_(text.text_model.embeddings.token_embedding.weight, std=0.2)
     nn.init.normal_(text.text_model.embeddings.position_embedding.weight, std=0.1)
     nn.init.normal_(image.vision_model.embeddings.position_embedding.weight, std=0.1)
     decoder = nn.Sequential(nn.Linear(TEXT.projection, 512), nn.GELU(), nn.Linear(512, 144))
     network = nn.ModuleDict({"text": text, "image": image, "decoder": decoder})
-    network.scale = nn.Parameter(torch.tensor(2.7))                                     # of the logits, as a logarithm
+    network.logit_scale = nn.Parameter(torch.tensor(2.7))       # a logarithm, as in CLIP
 
-    def loss_of(step):
+    def compute_losses(step):
         rng = np.random.default_rng([6, step])
-        rows = rng.integers(len(all_scenes), size=128)
-        batch, latents = [all_scenes[i] for i in rows], semantics[rows].float().flatten(1)      # (128, 144)
+        rows = rng.integers(len(scenes), size=128)
+        batch = [scenes[i] for i in rows]
+        latents = semantics[rows].float().flatten(1)                                    # (128, 144)
         ids, mask = tokenizer([shapes.caption(scene, rng) for scene in batch])
-        longest = int(mask.sum(1).max())                                                # nobody reads what follows
-        said = network.text(ids[:, :longest], mask[:, :longest])[1].squeeze(1)          # (128, 128)
-        seen = network.image(shrink(pictures(batch), IMAGE.side))                       # (128, 128)
-        logits, pairs = network.scale.exp() * F.normalize(seen) @ F.normalize(said).T, torch.arange(128)
-        return {"caption": F.cross_entropy(logits, pairs), "picture": F.cross_entropy(logits.T, pairs),
-                "said": 5 * F.mse_loss(network.decoder(said), latents),
-                "seen": 5 * F.mse_loss(network.decoder(seen), latents)}
+        longest = int(mask.sum(1).max())                        # padding after it is not used
+        _, pooled = network.text(ids[:, :longest], mask[:, :longest])                   # (128, 1, 128)
+        text_embedding = pooled.squeeze(1)                                              # (128, 128)
+        image_embedding = network.image(downscale(render_batch(batch), IMAGE.side))     # (128, 128)
+        similarity = F.normalize(image_embedding) @ F.normalize(text_embedding).T       # (128, 128)
+        logits = network.logit_scale.exp() * similarity
+        pairs = torch.arange(128)
+        return {"caption": F.cross_entropy(logits, pairs), "image": F.cross_entropy(logits.T, pairs),
+                "text_latent": 5 * F.mse_loss(network.decoder(text_embedding), latents),
+                "image_latent": 5 * F.mse_loss(network.decoder(image_embedding), latents)}
 
-    network = train("clip", network, loss_of, options.steps or 2800, 2e-3, options.work, muon)
-    publish(network.text, options.out / "text_encoder" / "model.safetensors")
-    publish(network.image, options.out / "image_encoder" / "model.safetensors")
+    network = train("clip", network, compute_losses, options.steps or 2800, 2e-3, options.work, muon)
+    save_fp16(network.text, options.out / "text_encoder" / "model.safetensors")
+    save_fp16(network.image, options.out / "image_encoder" / "model.safetensors")
 
 
-# ------------------------------------------------------------------------------------------------ both UNets
+# ---- both UNets ------------------------------------------------------------------------------------
+
+def add_noise(x0, t):
+    """Latents at the times t (B,) -> the noisy latents and their noise, both shaped like x0."""
+    a = alpha_bar(t)[:, None, None, None]                                               # (B, 1, 1, 1)
+    noise = torch.randn_like(x0)
+    return a.sqrt() * x0 + (1 - a).sqrt() * noise, noise
+
 
 def noise_loss(unet, x0, focus=1.0, **condition):
-    """Epsilon prediction on the cosine schedule, in fp32: half precision would drown x0 near t = 1. The weight makes it
-    a loss on x0, bounded; late times come more often, and a tenth lie right beside the sampler's first."""
+    """Predicts the noise on the cosine schedule, in fp32: half precision would drown x0 near t = 1.
+    The weight makes it a loss on x0, bounded. Late times are sampled more often, and a tenth lie next
+    to the sampler's first step."""
     t = torch.rand(len(x0)) ** 0.4
-    t = torch.where(torch.rand(len(x0)) < 0.1, 0.97 + 0.03 * t, t)
-    ab = alpha_bar(t)
-    noise = torch.randn_like(x0)
-    x = ab.sqrt()[:, None, None, None] * x0 + (1 - ab).sqrt()[:, None, None, None] * noise
-    error = (focus * (unet(x, t, **condition) - noise) ** 2).mean((1, 2, 3))
-    return {"noise": (error * ((1 - ab) / ab).clamp(0.1, 200)).mean()}
+    t = torch.where(torch.rand(len(x0)) < 0.1, 0.97 + 0.03 * t, t)                      # (B,)
+    x, noise = add_noise(x0, t)
+    error = (focus * (unet(x, t, **condition) - noise) ** 2).mean((1, 2, 3))            # (B,)
+    a = alpha_bar(t)
+    return {"noise": (error * ((1 - a) / a).clamp(0.1, 200)).mean()}
 
 
-def guess(unet, x0, t=0.9, **condition):
-    """What the network makes of x0 seen through the noise of time t."""
-    ab, noise = alpha_bar(torch.tensor(t)), torch.randn_like(x0)
-    x = ab.sqrt() * x0 + (1 - ab).sqrt() * noise
-    return (x - (1 - ab).sqrt() * unet(x, torch.full((len(x),), t), **condition)) / ab.sqrt()
+def predict_from_noise(unet, x0, t=0.9, **condition):
+    """The network's prediction of x0 from its noisy version at time t."""
+    t = torch.full((len(x0),), t)
+    x, _ = add_noise(x0, t)
+    return predict_x0(x, unet(x, t, **condition), alpha_bar(t)[:, None, None, None])
 
 
-# ------------------------------------------------------------------------------------------------ Stage B
+# ---- Stage B ---------------------------------------------------------------------------------------
 
 def train_b(options):
-    """From the semantic latent, a little noised, to the image latent. The text adds nothing to what the latent says in
-    this world, so it is fed as zeros and its mapper's weights stay zero: any prompt gives the same condition. A tenth
-    of the semantic latents are zeros too, for guidance. Things are a seventh of the picture and most of what matters,
-    so errors on them count five times; that moves no optimum, only the way there."""
+    """From a semantic latent with a little noise to the image latent. In this dataset the caption adds
+    nothing to the semantic latent, so the text is zero and its mapper's weights stay zero: any prompt
+    gives the same condition. A tenth of the semantic latents are zero too, for guidance. Objects are
+    a seventh of the image but matter most, so errors on them count five times; that does not move the
+    optimum, only speeds up the way there."""
     stage_a = load(options.out / "stage_a.safetensors", dtype=torch.float32)
-    encoder = load(options.out / "effnet_encoder.safetensors", dtype=torch.float32)
-    batches = [scenes(64, [3, i]) for i in range(options.count // 64 if options.count else 640)]
-    images = cache(options, "b_images", batches, stage_a.encode)                        # (40960, 4, 32, 32)
-    semantics = cache(options, "b_semantics", batches, lambda image: encoder(shrink(image, SEMANTIC_SIDE)))
+    batches = [sample_scenes(64, [3, i]) for i in range((options.count or 40960) // 64)]
+    latents = cached(options, "b_images", batches, stage_a.encode, "stage_a.safetensors")
+    semantics = cached(options, "b_semantics", batches, load_encoder(options), ENCODER_FILE)
     unet = wire(UNet(STAGE_B))
     nn.init.zeros_(unet.clip_mapper.weight)
 
-    def loss_of(step):
-        rows = torch.randint(len(images), (32,))
+    def compute_losses(step):
+        rows = torch.randint(len(latents), (32,))
         semantic = semantics[rows].float()                                              # (32, 16, 3, 3)
-        semantic = semantic + NOISE * torch.randn_like(semantic)
+        semantic = semantic + LATENT_NOISE * torch.randn_like(semantic)
         semantic = semantic * (torch.rand(len(rows)) > 0.1)[:, None, None, None]
-        x0 = images[rows].float()                                                       # (32, 4, 32, 32)
-        things = (x0 - x0[:, :, :1, :1]).square().mean(1, keepdim=True) > 0.1           # what is not like the corner
-        return noise_loss(unet, x0, 1 + 4 * things, clip_text_pooled=torch.zeros(len(rows), 1, 128), effnet=semantic)
+        x0 = latents[rows].float()                                                      # (32, 4, 32, 32)
+        background = x0[:, :, :1, :1]
+        objects = (x0 - background).square().mean(1, keepdim=True) > 0.1                # (32, 1, 32, 32)
+        text = torch.zeros(len(rows), 1, 128)
+        return noise_loss(unet, x0, 1 + 4 * objects, clip_text_pooled=text, effnet=semantic)
 
-    def show():
-        return stage_a.decode(guess(unet, images[:8].float(), clip_text_pooled=torch.zeros(8, 1, 128),
-                                    effnet=semantics[:8].float()))
+    def preview():
+        condition = {"clip_text_pooled": torch.zeros(8, 1, 128), "effnet": semantics[:8].float()}
+        return stage_a.decode(predict_from_noise(unet, latents[:8].float(), **condition))
 
-    unet = train("b", unet, loss_of, options.steps or 11000, 2e-3, options.work, muon, show)
-    publish(unet, options.out / "stage_b.safetensors")
+    steps = options.steps or 11000
+    unet = train("b", unet, compute_losses, steps, 2e-3, options.work, muon, preview)
+    save_fp16(unet, options.out / "stage_b.safetensors")
 
 
-# ------------------------------------------------------------------------------------------------ Stage C
+# ---- Stage C ---------------------------------------------------------------------------------------
 
 def train_c(options):
-    """From a caption to the semantic latent, the towers frozen. A tenth of the captions are empty, for guidance, and a
-    tenth of the rows see the picture's own embedding, as in the original; half of these have no caption beside it."""
-    text, image = (load_tower(options.out / tower / "model.safetensors", dtype=torch.float32)
-                   for tower in ("text_encoder", "image_encoder"))
+    """From a caption to the semantic latent, with frozen text and image encoders. A tenth of the
+    captions are empty, for guidance. As in the original, a tenth of the rows see the embedding of the
+    image itself; half of these have no caption."""
+    files = [options.out / name / "model.safetensors" for name in ("text_encoder", "image_encoder")]
+    text, image = (text_encoder.load(file, dtype=torch.float32) for file in files)
     tokenizer = Tokenizer(options.out / "tokenizer", TEXT.length)
-    all_scenes, semantics = described(options)
-    batches = [all_scenes[i:i + 64] for i in range(0, len(all_scenes), 64)]
-    images = cache(options, "images", batches, lambda picture: image(shrink(picture, IMAGE.side)))
+    scenes, semantics = captioned_scenes(options)
+    batches = [scenes[i:i + 64] for i in range(0, len(scenes), 64)]
+    embeddings = cached(
+        options, "images", batches, lambda x: image(downscale(x, IMAGE.side)),
+        "image_encoder/model.safetensors")
     unet = wire(UNet(STAGE_C))
 
-    def loss_of(step):
+    def compute_losses(step):
         rng = np.random.default_rng([5, step])
-        rows, shown = rng.integers(len(all_scenes), size=128), rng.random(128) < 0.1
-        silent = rng.random(128) < np.where(shown, 0.5, 0.1)
-        captions = ["" if hush else shapes.caption(all_scenes[i], rng) for i, hush in zip(rows, silent)]
+        rows = rng.integers(len(scenes), size=128)
+        with_image = rng.random(128) < 0.1
+        without_text = rng.random(128) < np.where(with_image, 0.5, 0.1)
+        captions = []
+        for i, empty in zip(rows, without_text):
+            captions.append("" if empty else shapes.caption(scenes[i], rng))
         with torch.no_grad():
-            hidden, pooled = text(*tokenizer(captions))                                 # (128, 32, 128), (128, 1, 128)
-        picture = images[rows].float() * torch.from_numpy(shown)[:, None]               # (128, 128)
-        return noise_loss(unet, semantics[rows].float(), clip_text_pooled=pooled, clip_text=hidden,
-                          clip_img=picture)
+            hidden, pooled = text(*tokenizer(captions))                 # (128, 32, 128), (128, 1, 128)
+        embedding = embeddings[rows].float() * torch.from_numpy(with_image)[:, None]    # (128, 128)
+        x0 = semantics[rows].float()                                                    # (128, 16, 3, 3)
+        return noise_loss(unet, x0, clip_text_pooled=pooled, clip_text=hidden, clip_img=embedding)
 
-    unet = train("c", unet, loss_of, options.steps or 5300, 2e-3, options.work, muon)
-    publish(unet, options.out / "stage_c.safetensors", {"width": str(shapes.SIDE), "height": str(shapes.SIDE)})
+    unet = train("c", unet, compute_losses, options.steps or 5300, 2e-3, options.work, muon)
+    size = {"width": str(shapes.SIDE), "height": str(shapes.SIDE)}
+    save_fp16(unet, options.out / "stage_c.safetensors", size)
 
 
-# ------------------------------------------------------------------------------------------------ the previewer
+# ---- previewer -------------------------------------------------------------------------------------
 
 def train_previewer(options):
-    """Reconstruction again, from the semantic latent alone."""
-    encoder = load(options.out / "effnet_encoder.safetensors", dtype=torch.float32)
+    """Reconstruction from the semantic latent alone."""
+    encoder = load_encoder(options)
     network = Previewer(PREVIEWER)
 
-    def loss_of(step):
-        image = pictures(scenes(64, [7, step]))
+    def compute_losses(step):
+        images = render_batch(sample_scenes(64, [7, step]))
         with torch.no_grad():
-            latent = encoder(shrink(image, SEMANTIC_SIDE))
-        seen = network(latent + NOISE * torch.randn_like(latent))
-        return {"mse": F.mse_loss(seen, shrink(image, seen.shape[-1]))}
+            latent = encoder(images)                                                    # (64, 16, 3, 3)
+        decoded = network(latent + LATENT_NOISE * torch.randn_like(latent))             # (64, 3, 24, 24)
+        return {"mse": F.mse_loss(decoded, downscale(images, decoded.shape[-1]))}
 
-    def show():
-        return network(encoder(shrink(pictures(scenes(8, 8)), SEMANTIC_SIDE)))
+    def preview():
+        return network(encoder(render_batch(sample_scenes(8, 8))))
 
-    network = train("previewer", network, loss_of, options.steps or 2000, 3e-3, options.work, show=show)
-    publish(network, options.out / "previewer.safetensors")
+    steps = options.steps or 2000
+    network = train("previewer", network, compute_losses, steps, 3e-3, options.work, preview=preview)
+    save_fp16(network, options.out / "previewer.safetensors")
 
 
-STAGES = {name: globals()[f"train_{name}"] for name in ("tokenizer", "a", "encoder", "clip", "b", "c", "previewer")}
+STAGES = {
+    "tokenizer": train_tokenizer, "a": train_a, "encoder": train_encoder, "clip": train_clip,
+    "b": train_b, "c": train_c, "previewer": train_previewer,
+}
 
-if __name__ == "__main__":
+
+def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("stages", nargs="+", choices=[*STAGES, "all"])
-    parser.add_argument("--out", type=Path, default=HERE / "tiny", help="where the finished files go")
-    parser.add_argument("--work", type=Path, help="for checkpoints and caches (default: work, beside OUT)")
+    parser.add_argument("--out", type=Path, default=HERE / "tiny", help="folder of the finished files")
+    parser.add_argument("--work", type=Path, help="checkpoints and caches (default: work, next to OUT)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--quick", action="store_true", help="a few steps of everything")
     options = parser.parse_args()
+    if options.quick and options.out.resolve() == HERE / "tiny":
+        parser.error("--quick learns nothing: expected another --out than the trained weights")
     options.work = options.work or options.out.parent / "work"
-    options.steps, options.count = (20, 128) if options.quick else (None, None)
+    options.steps = 12 if options.quick else None
+    options.count = 128 if options.quick else None
     torch.set_num_threads(options.threads)
     for stage in STAGES if "all" in options.stages else options.stages:
         torch.manual_seed(0)
         STAGES[stage](options)
+
+
+if __name__ == "__main__":
+    main()

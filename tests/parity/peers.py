@@ -1,25 +1,15 @@
 """The same weights in the peers' classes."""
-
 import torch
-from diffusers import (
-    DDPMWuerstchenScheduler,
-    StableCascadeCombinedPipeline,
-    StableCascadePriorPipeline,
-    StableCascadeUNet,
-)
+from diffusers import (DDPMWuerstchenScheduler, StableCascadeCombinedPipeline, StableCascadePriorPipeline,
+                       StableCascadeUNet)
 from diffusers.pipelines.deprecated.wuerstchen.modeling_paella_vq_model import PaellaVQModel
-from transformers import (
-    CLIPImageProcessorPil,
-    CLIPTextConfig,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    CLIPVisionConfig,
-    CLIPVisionModelWithProjection,
-)
+from tiny import file_name, to_diffusers
+from transformers import (CLIPImageProcessorPil, CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer,
+                          CLIPVisionConfig, CLIPVisionModelWithProjection)
 
+import text_encoder
 from model import load
-from text_encoder import load as load_tower
-from tiny import to_diffusers
+from text_encoder import CLIP_MEAN, CLIP_STD
 
 BLOCKS = {"R": "SDCascadeResBlock", "T": "SDCascadeTimestepBlock", "A": "SDCascadeAttnBlock"}
 
@@ -28,26 +18,20 @@ def diffusers_unet(unet):
     config = unet.config
     groups = [level[:3] if "A" in level else level[:2] for level in config.down]
     peer = StableCascadeUNet(
-        in_channels=config.latent,
-        out_channels=config.latent,
-        patch_size=config.patch,
-        conditioning_dim=config.c_cond,
-        block_out_channels=config.widths,
+        in_channels=config.latent_channels, out_channels=config.latent_channels, patch_size=config.patch_size,
+        conditioning_dim=config.c_cond, block_out_channels=config.widths, dropout=0.0,
         num_attention_heads=[width // 64 for width in config.widths],
         down_num_layers_per_block=[len(level) // len(group) for level, group in zip(config.down, groups)],
         up_num_layers_per_block=[len(level) // len(group) for level, group in zip(config.up, groups[::-1])],
-        down_blocks_repeat_mappers=config.down_repeat,
-        up_blocks_repeat_mappers=config.up_repeat,
-        block_types_per_layer=[[BLOCKS[kind] for kind in group] for group in groups],
-        dropout=0.0,
-        clip_text_pooled_in_channels=config.text,
-        clip_text_in_channels=None if config.semantic else config.text,
-        clip_image_in_channels=config.image or None,
-        effnet_in_channels=config.semantic or None,
-        pixel_mapper_in_channels=3 if config.semantic else None,
-        timestep_conditioning_type=config.extras,
-        switch_level=config.switch,
-    )
+        down_blocks_repeat_mappers=config.down_repeat, up_blocks_repeat_mappers=config.up_repeat,
+        block_types_per_layer=[[BLOCKS[letter] for letter in group] for group in groups],
+        clip_text_pooled_in_channels=config.text_dim,
+        clip_text_in_channels=None if config.is_stage_b else config.text_dim,
+        clip_image_in_channels=config.image_dim or None,
+        effnet_in_channels=config.semantic_channels or None,
+        pixel_mapper_in_channels=3 if config.is_stage_b else None,
+        timestep_conditioning_type=config.time_conditions,
+        switch_level=None if config.is_stage_b else [False] * (len(config.widths) - 1))
     peer.load_state_dict(to_diffusers(unet.state_dict()))
     return peer.eval()
 
@@ -55,117 +39,83 @@ def diffusers_unet(unet):
 def diffusers_stage_a(stage_a):
     config = stage_a.config
     peer = PaellaVQModel(
-        levels=len(config.widths),
-        bottleneck_blocks=config.deep_blocks,
-        embed_dim=config.widths[-1],
-        latent_channels=config.latent,
-        num_vq_embeddings=config.codes,
-        scale_factor=config.scale_factor,
-    )
+        levels=len(config.widths), bottleneck_blocks=config.deep_blocks, embed_dim=config.widths[-1],
+        latent_channels=config.latent_channels, num_vq_embeddings=config.codes, scale_factor=config.scale_factor)
     peer.load_state_dict(to_diffusers(stage_a.state_dict()))
     return peer.eval()
 
 
+def transformer_settings(config):
+    return {"hidden_size": config.width, "intermediate_size": config.hidden, "hidden_act": config.act,
+            "projection_dim": config.projection, "num_hidden_layers": config.layers,
+            "num_attention_heads": config.width // 64}
+
+
 def transformers_text(text):
     config = text.config
-    peer = CLIPTextModelWithProjection(
-        CLIPTextConfig(
-            vocab_size=config.vocabulary,
-            hidden_size=config.width,
-            intermediate_size=config.hidden,
-            hidden_act=config.act,
-            projection_dim=config.projection,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.width // 64,
-            max_position_embeddings=config.length,
-            eos_token_id=config.end,
-            bos_token_id=config.end - 1,
-        )
-    )
+    peer = CLIPTextModelWithProjection(CLIPTextConfig(
+        **transformer_settings(config), vocab_size=config.vocabulary, max_position_embeddings=config.length,
+        eos_token_id=config.end, bos_token_id=config.end - 1))
     ours, theirs = text.state_dict(), peer.state_dict()
     if "text_model.final_layer_norm.weight" not in theirs:  # newer versions drop this level of the name
         ours = {name.replace("text_model.", ""): tensor for name, tensor in ours.items()}
-    missing = peer.load_state_dict(ours, strict=False)
-    assert not missing.unexpected_keys and all("position_ids" in name for name in missing.missing_keys), missing
+    found = peer.load_state_dict(ours, strict=False)
+    assert not found.unexpected_keys and all("position_ids" in name for name in found.missing_keys), found
     return peer.eval()
 
 
 def transformers_image(image):
     config = image.config
-    peer = CLIPVisionModelWithProjection(
-        CLIPVisionConfig(
-            hidden_size=config.width,
-            intermediate_size=config.hidden,
-            hidden_act=config.act,
-            projection_dim=config.projection,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.width // 64,
-            image_size=config.side,
-            patch_size=config.patch,
-        )
-    )
+    peer = CLIPVisionModelWithProjection(CLIPVisionConfig(
+        **transformer_settings(config), image_size=config.side, patch_size=config.patch))
     peer.load_state_dict(image.state_dict())
     return peer.eval()
 
 
+def normalised(pixels):
+    mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
+    return (pixels - mean) / std
+
+
+def image_processor(side):
+    return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+
+
 def last_hidden(peer, ids, mask):
-    """The last layer's output before the final norm, caught where it leaves the layer."""
-    caught = []
-    tower = getattr(peer, "text_model", peer)
-    hook = tower.encoder.layers[-1].register_forward_hook(
-        lambda module, inputs, output: caught.append(output[0] if isinstance(output, tuple) else output)
-    )
+    """The last layer's output before the final norm, recorded where it leaves the layer, and the pooled embedding."""
+    outputs = []
+    layer = getattr(peer, "text_model", peer).encoder.layers[-1]
+    hook = layer.register_forward_hook(lambda module, inputs, output: outputs.append(output))
     with torch.no_grad():
         pooled = peer(ids, attention_mask=mask).text_embeds
     hook.remove()
-    return caught[0], pooled
+    return outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0], pooled
 
 
-def scheduler():
-    return DDPMWuerstchenScheduler()
+def open_network(folder, name):
+    return (text_encoder.load if name in text_encoder.NETWORKS else load)(folder / file_name(name))
 
 
 def combined_pipeline(folder):
     """diffusers' pipeline with the weights of a folder of original files."""
-    unets = [diffusers_unet(load(folder / f"{name}.safetensors")) for name in ("stage_c", "stage_b")]
-    text = transformers_text(load_tower(folder / "text_encoder" / "model.safetensors"))
+    text = transformers_text(open_network(folder, "text_encoder"))
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", model_max_length=77)
     pipeline = StableCascadeCombinedPipeline(
-        tokenizer=tokenizer,
-        text_encoder=text,
-        decoder=unets[1],
-        scheduler=scheduler(),
-        vqgan=diffusers_stage_a(load(folder / "stage_a.safetensors")),
-        prior_prior=unets[0],
-        prior_text_encoder=text,
-        prior_tokenizer=tokenizer,
-        prior_scheduler=scheduler(),
-    )
+        tokenizer=tokenizer, text_encoder=text, decoder=diffusers_unet(open_network(folder, "stage_b")),
+        scheduler=DDPMWuerstchenScheduler(), vqgan=diffusers_stage_a(open_network(folder, "stage_a")),
+        prior_prior=diffusers_unet(open_network(folder, "stage_c")), prior_text_encoder=text,
+        prior_tokenizer=tokenizer, prior_scheduler=DDPMWuerstchenScheduler())
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 def prior_pipeline(folder):
-    """Its first half alone, which takes pictures."""
-    image = load_tower(folder / "image_encoder" / "model.safetensors")
-    side = image.config.side
+    """The first half alone, which takes images."""
+    image = open_network(folder, "image_encoder")
     pipeline = StableCascadePriorPipeline(
         tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer", model_max_length=77),
-        text_encoder=transformers_text(load_tower(folder / "text_encoder" / "model.safetensors")),
-        prior=diffusers_unet(load(folder / "stage_c.safetensors")),
-        scheduler=scheduler(),
-        feature_extractor=CLIPImageProcessorPil(
-            size={"shortest_edge": side}, crop_size={"height": side, "width": side}
-        ),
-        image_encoder=transformers_image(image),
-    )
+        text_encoder=transformers_text(open_network(folder, "text_encoder")),
+        prior=diffusers_unet(open_network(folder, "stage_c")), scheduler=DDPMWuerstchenScheduler(),
+        feature_extractor=image_processor(image.config.side), image_encoder=transformers_image(image))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-def assert_same(ours, theirs, relative=1e-5):
-    """Equal to `relative` of the largest value, and not because there is nothing to see."""
-    assert ours.shape == theirs.shape
-    assert theirs.isfinite().all() and theirs.std() > 1e-2, "the comparison would say nothing"
-    error = ((ours - theirs).abs().max() / theirs.abs().max()).item()
-    assert error <= relative, f"relative error {error:.2e}"

@@ -1,5 +1,4 @@
-"""The text tower is transformers' CLIPTextModelWithProjection, the tokenizer its CLIPTokenizer."""
-
+"""The text encoder is transformers' CLIPTextModelWithProjection, the tokenizer its CLIPTokenizer."""
 import gzip
 import json
 from dataclasses import replace
@@ -8,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from peers import assert_same, last_hidden, transformers_text
+from helpers import assert_same
+from peers import last_hidden, transformers_text
 from tiny import TEXT, randomise, save
 from tokenizers import pre_tokenizers
 from transformers import CLIPTokenizer
@@ -20,17 +20,15 @@ CONFIGS = {
     "tiny": TEXT,
     "quick_gelu": replace(TEXT, act="quick_gelu", layers=2),
     "wide": replace(TEXT, width=128, hidden=200, layers=2, projection=96, vocabulary=50, end=49),
-    "one layer": replace(TEXT, layers=1),
-}
+    "one layer": replace(TEXT, layers=1)}
 
 
-def rows(config, seed=0):
+def rows(config):
     """Ids and mask of a short prompt, a long one, an empty one, and one with an end token in its middle."""
-    torch.manual_seed(seed)
-    ids = torch.randint(0, config.end - 1, (4, config.length))
+    ids = torch.randint(0, config.end - 1, (4, config.length), generator=torch.Generator().manual_seed(0))
     mask = torch.zeros_like(ids)
     for row, length in enumerate((9, config.length, 2, 30)):
-        ids[row, 0], ids[row, length - 1 :], mask[row, :length] = config.end - 1, config.end, 1
+        ids[row, 0], ids[row, length - 1:], mask[row, :length] = config.end - 1, config.end, 1
     ids[3, 12] = config.end
     return ids, mask
 
@@ -38,26 +36,25 @@ def rows(config, seed=0):
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_hidden_and_pooled_are_those_of_transformers(config):
     text = randomise(TextEncoder(config), 21)
-    ids, mask = rows(config)
-    hidden, pooled = last_hidden(transformers_text(text), ids, mask)
-    assert_same(text(ids, mask)[0], hidden)
-    assert_same(text(ids, mask)[1], pooled.unsqueeze(1))
+    hidden, pooled = last_hidden(transformers_text(text), *rows(config))
+    ours = text(*rows(config))
+    assert_same(ours[0], hidden)
+    assert_same(ours[1], pooled.unsqueeze(1))
 
 
+@torch.no_grad()
 def test_hidden_is_what_diffusers_reads():
     """The pipeline takes hidden_states[-1]."""
-    text = randomise(TextEncoder(TEXT), 22)
-    ids, mask = rows(TEXT)
-    with torch.no_grad():
-        theirs = transformers_text(text)(ids, attention_mask=mask, output_hidden_states=True).hidden_states[-1]
-    assert_same(text(ids, mask)[0], theirs)
+    text, (ids, mask) = randomise(TextEncoder(TEXT), 22), rows(TEXT)
+    theirs = transformers_text(text)(ids, attention_mask=mask, output_hidden_states=True)
+    assert_same(text(ids, mask)[0], theirs.hidden_states[-1])
 
 
-def test_padding_is_hidden_and_its_rows_are_used():
-    text = randomise(TextEncoder(TEXT), 23)
-    ids, mask = rows(TEXT)
-    seen, blind = text(ids, torch.ones_like(mask))[0], text(ids, mask)[0]
-    assert torch.equal(seen[0, :9], blind[0, :9]) and not torch.allclose(seen[0, 10:], blind[0, 10:], atol=1e-3)
+def test_padding_is_masked_and_its_rows_are_used():
+    text, (ids, mask) = randomise(TextEncoder(TEXT), 23), rows(TEXT)
+    unmasked, masked = text(ids, torch.ones_like(mask))[0], text(ids, mask)[0]
+    assert torch.equal(unmasked[0, :9], masked[0, :9])
+    assert not torch.allclose(unmasked[0, 10:], masked[0, 10:], atol=1e-3)
 
 
 @pytest.mark.parametrize("act", ["gelu", "quick_gelu"])
@@ -65,70 +62,50 @@ def test_a_folder_that_transformers_saved_loads(tmp_path, act):
     text = randomise(TextEncoder(replace(TEXT, act=act)), 24)
     peer = transformers_text(text)
     peer.save_pretrained(tmp_path)
-    ids, mask = rows(TEXT)
     loaded = text_encoder.load(tmp_path / "model.safetensors")
     assert loaded.config == text.config
-    assert_same(loaded(ids, mask)[1], last_hidden(peer, ids, mask)[1].unsqueeze(1))
+    assert_same(loaded(*rows(TEXT))[1], last_hidden(peer, *rows(TEXT))[1].unsqueeze(1))
 
 
-def test_an_end_token_of_2_means_the_last_row(tmp_path):
+def test_an_end_token_of_2_means_the_last_token(tmp_path):
     save(randomise(TextEncoder(TEXT), 25).state_dict(), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 2, "hidden_act": "gelu"}))
     assert text_encoder.load(tmp_path / "model.safetensors").config == TEXT
 
 
-# ------------------------------------------------------------------------------------------------ the tokenizer
+# ------------------------------------------------------------------------------ the tokenizer
 
 PROMPTS = [
-    "",
-    "a photo of a cat",
-    "Anthropomorphic Cat, dressed as a PILOT",
-    "it's don't I'll we've you're he'd I'm",
-    "IT'S 'S 'T",
-    "12345 3.14 2024-02-12",
-    "!!!??? ...--- ;;",
-    "  many   spaces \t\n and lines ",
-    "\u00a0no-break\u3000ideographic\u2028line",
-    "H\u00e9llo W\u00f6rld na\u00efve caf\u00e9's",
-    "e\u0301 n\u0303 decomposed",
+    "", "a photo of a cat", "Anthropomorphic Cat, dressed as a PILOT",
+    "it's don't I'll we've you're he'd I'm", "IT'S 'S 'T", "12345 3.14 2024-02-12", "!!!??? ...--- ;;",
+    "  many   spaces \t\n and lines ", "\u00a0no-break\u3000ideographic\u2028line",
+    "H\u00e9llo W\u00f6rld na\u00efve caf\u00e9's", "e\u0301 n\u0303 decomposed",
     "\u65e5\u672c\u8a9e\u306e\u30c6\u30ad\u30b9\u30c8",
     "\u0645\u0631\u062d\u0628\u0627 \u05e9\u05dc\u05d5\u05dd",
     "\U0001f600 \U0001f469\u200d\U0001f469\u200d\U0001f467 flags \U0001f1e9\U0001f1ea",
-    "\u0130stanbul \u1e9e \u01c5 \ufb01 \ufb02 \u00bd \u00b2",
-    "a_b-c/d\\e {f} [g] <h> `i`",
-    "tab\x07bell \x00 nul \x1b",
-    "\u200bzero width",
-    "<|endoftext|> inside",
-    "a <|startoftext|>b <|endoftext|>",
-    "<|ENDOFTEXT|>",
-    "x" * 400,
-    "word " * 100,
+    "\u0130stanbul \u1e9e \u01c5 \ufb01 \ufb02 \u00bd \u00b2", "a_b-c/d\\e {f} [g] <h> `i`",
+    "tab\x07bell \x00 nul \x1b", "\u200bzero width", "<|endoftext|> inside",
+    "a <|startoftext|>b <|endoftext|>", "<|ENDOFTEXT|>", "x" * 400, "word " * 100,
     "\u0915\u094d\u0937\u0924\u094d\u0930\u093f\u092f \u0e44\u0e17\u0e22 \ud55c\uad6d\uc5b4",
-    "supercalifragilisticexpialidocious",
-]
+    "supercalifragilisticexpialidocious"]
 
 
 @pytest.fixture(scope="module")
 def vocabulary(tmp_path_factory):
-    """CLIP's own vocabulary, 49408 tokens, from the file inside open_clip_torch."""
+    """CLIP's own vocabulary, 49408 tokens, from the file in open_clip_torch."""
     if find_spec("open_clip") is None:
         pytest.skip("the vocabulary comes with open_clip_torch")
     file = Path(find_spec("open_clip").submodule_search_locations[0]) / "bpe_simple_vocab_16e6.txt.gz"
-    merges = gzip.decompress(file.read_bytes()).decode("utf-8").split("\n")[1 : 49152 - 256 - 2 + 1]
-    plain = [chr(byte) for byte in (*range(33, 127), *range(161, 173), *range(174, 256))]  # they stand for themselves
-    others = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - set(plain))
-    words = [
-        *plain,
-        *others,
-        *(letter + "</w>" for letter in plain + others),
-        *("".join(merge.split()) for merge in merges),
-        "<|startoftext|>",
-        "<|endoftext|>",
-    ]
-    assert len(words) == 49408 and words[320] == "a</w>"
+    merges = gzip.decompress(file.read_bytes()).decode("utf-8").split("\n")[1:49152 - 256 - 2 + 1]
+    plain = [chr(byte) for byte in (*range(33, 127), *range(161, 173), *range(174, 256))]  # stand for themselves
+    letters = plain + sorted(set(pre_tokenizers.ByteLevel.alphabet()) - set(plain))
+    tokens = letters + [letter + "</w>" for letter in letters] + [merge.replace(" ", "") for merge in merges]
+    tokens += [text_encoder.START, text_encoder.END]
+    assert len(tokens) == 49408 and tokens[320] == "a</w>"
     folder = tmp_path_factory.mktemp("tokenizer")
-    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}), encoding="utf-8")
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
+    vocab = json.dumps({token: i for i, token in enumerate(tokens)})
+    (folder / "vocab.json").write_text(vocab, encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
     return folder
 
 
@@ -148,6 +125,6 @@ def test_a_tokenizer_json_says_the_same_as_the_two_files(vocabulary, tmp_path):
         assert torch.equal(ours, theirs)
 
 
-def test_pads_are_the_end_token(vocabulary):
+def test_padding_is_the_end_token(vocabulary):
     ids, mask = Tokenizer(vocabulary)(["a cat"])
     assert ids[0].tolist() == [49406, 320, 2368] + [49407] * 74 and mask[0].tolist() == [1] * 4 + [0] * 73

@@ -1,0 +1,64 @@
+"""Runs cascade.py within the process of a test, and watches what it loads, says and writes."""
+import io
+import os
+import shutil
+import weakref
+from contextlib import redirect_stderr
+from pathlib import Path
+
+from safetensors.torch import load_file
+from tiny import file_name, save
+
+import cascade
+import model
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ["--width", "64", "--height", "64"]
+FEW = ["--steps", "1", "--decoder-steps", "1", *SMALL]
+
+
+def command(*arguments, status=0):
+    """Its messages, without the progress bars; it must exit with `status` and say nothing else."""
+    error = io.StringIO()
+    with redirect_stderr(error):
+        assert cascade.main([*map(str, arguments), "--device", "cpu"]) == status, error.getvalue()
+    lines = [line for line in error.getvalue().splitlines() if line and "Stage " != line[:6]]
+    assert all(line.startswith("cascade.py: ") and line.isprintable() for line in lines), lines
+    return lines
+
+
+def refused(place, *arguments):
+    """The one line with which the command refuses; in the folder `place` nothing has changed."""
+    before = contents(place)
+    (line,) = command(*arguments, status=2)
+    assert contents(place) == before
+    return line
+
+
+def contents(place):
+    """{path: bytes} of a folder, at any depth; None for what is not a file."""
+    return {path: path.read_bytes() if path.is_file() else None for path in Path(place).rglob("*")}
+
+
+def changed_copy(folder, place, name, change, metadata=None):
+    """A copy of a weights folder in which the tensors {name: tensor} of one network are changed."""
+    copy = shutil.copytree(folder, place / "weights", copy_function=os.link)
+    tensors = load_file(copy / file_name(name))
+    change(tensors)
+    (copy / file_name(name)).unlink()  # it was a link
+    save(tensors, copy / file_name(name), dtype=None, metadata=metadata)
+    return copy
+
+
+def count_networks(monkeypatch):
+    """A list that tells, whenever a network is loaded, how many are in memory."""
+    loaded, counts, load_into = [], [], model.Weights.load_into
+
+    def counting(*given):
+        network = load_into(*given)
+        loaded.append(weakref.ref(network))
+        counts.append(sum(reference() is not None for reference in loaded))
+        return network
+
+    monkeypatch.setattr(model.Weights, "load_into", counting)  # every network passes through it
+    return counts

@@ -1,0 +1,75 @@
+"""The tiny networks as torch.export sees them, for tests/test_export.py and tests/parity/test_onnx.py."""
+from functools import cache
+
+import torch
+from helpers import assert_same, noise
+from tiny import networks
+from torch import nn
+
+
+class StageAMethod(nn.Module):
+    """Stage A's `encode` or `decode` as a network of its own."""
+
+    def __init__(self, stage_a, name):
+        super().__init__()
+        self.stage_a, self.name = stage_a, name
+
+    def forward(self, x):
+        return getattr(self.stage_a, self.name)(x)
+
+
+def text_inputs(batch):
+    ids = torch.randint(0, 519, (batch, 77), generator=torch.Generator().manual_seed(batch))
+    ends = torch.arange(2, 2 + batch)[:, None]  # another one in each row
+    ids[torch.arange(77) >= ends] = 519
+    return {"ids": ids, "mask": (torch.arange(77) <= ends).long()}
+
+
+def stage_c_inputs(batch, text_dim=64, image_dim=24, side=5):
+    return {"x": noise(batch, 16, side, side + 1), "r": noise(batch).sigmoid(),
+            "clip_text_pooled": noise(batch, 1, text_dim), "clip_text": noise(batch, 77, text_dim),
+            "clip_img": noise(batch, 1, image_dim)}
+
+
+def stage_b_inputs(batch):
+    return {"x": noise(batch, 4, 22, 18), "r": noise(batch).sigmoid(),
+            "clip_text_pooled": noise(batch, 1, 64), "effnet": noise(batch, 16, 4, 3)}
+
+
+# name -> its inputs for a batch
+INPUTS = {
+    "stage_c": stage_c_inputs,
+    "stage_b": stage_b_inputs,
+    "stage_a encode": lambda batch: {"x": noise(batch, 3, 24, 32).sigmoid()},
+    "stage_a decode": lambda batch: {"x": 30 * noise(batch, 4, 7, 9)},
+    "effnet_encoder": lambda batch: {"image": noise(batch, 3, 64, 96).sigmoid()},
+    "previewer": lambda batch: {"latent": noise(batch, 16, 4, 5)},
+    "text_encoder": text_inputs,
+    "image_encoder": lambda batch: {"pixels": noise(batch, 3, 30, 30).sigmoid()}}
+
+
+@cache
+def network(name):
+    name, _, method = name.partition(" ")
+    return StageAMethod(networks()[name], method) if method else networks()[name]
+
+
+def export(network, inputs):
+    """Strictly, so without a graph break, at one size and for any batch."""
+    shapes = {name: {0: torch.export.Dim("batch")} for name in inputs}
+    return torch.export.export(network, (), inputs, dynamic_shapes=shapes, strict=True)
+
+
+@cache
+def exported(name):
+    return export(network(name), INPUTS[name](2))
+
+
+def assert_same_for_any_batch(network, exported, inputs, tolerance):
+    """Batches of 1, 2, which it was exported with, and 5."""
+    for batch in (1, 2, 5):
+        ours, theirs = network(**inputs(batch)), exported(**inputs(batch))
+        ours, theirs = ([y] if torch.is_tensor(y) else list(y) for y in (ours, theirs))
+        assert len(ours) == len(theirs)
+        for one, other in zip(ours, theirs):
+            assert_same(other, one, tolerance)

@@ -1,0 +1,112 @@
+"""What several tests and tools share: the official networks, golden files, random inputs, errors."""
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from model import (Previewer, PreviewerConfig, SemanticEncoder, SemanticEncoderConfig, StageA,
+                   StageAConfig, UNet, UNetConfig)
+from text_encoder import ImageConfig, ImageEncoder, TextConfig, TextEncoder
+
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
+
+# ------------------------------------------------------------------------------ the official networks
+
+FOR_C = {"latent_channels": 16, "patch_size": 1, "time_conditions": ("sca", "crp"),
+         "image_dim": 768, "down_repeat": (1, 1), "up_repeat": (1, 1)}
+FOR_B = {"latent_channels": 4, "patch_size": 2, "time_conditions": ("sca",),
+         "semantic_channels": 16, "c_cond": 1280, "down_repeat": (1, 1, 1, 1)}
+UNETS = {
+    "stage_c": UNetConfig(
+        (2048, 2048), ("RTA" * 8, "RTA" * 24), ("RTA" * 24, "RTA" * 8), c_cond=2048, **FOR_C),
+    "stage_c_lite": UNetConfig(
+        (1536, 1536), ("RTA" * 4, "RTA" * 12), ("RTA" * 12, "RTA" * 4), c_cond=1536, **FOR_C),
+    "stage_b": UNetConfig(
+        (320, 640, 1280, 1280), ("RT" * 2, "RT" * 6, "RTA" * 28, "RTA" * 6),
+        ("RTA" * 6, "RTA" * 28, "RT" * 6, "RT" * 2), up_repeat=(3, 3, 2, 2), **FOR_B),
+    "stage_b_lite": UNetConfig(
+        (320, 576, 1152, 1152), ("RT" * 2, "RT" * 4, "RTA" * 14, "RTA" * 4),
+        ("RTA" * 4, "RTA" * 14, "RT" * 4, "RT" * 2), up_repeat=(2, 2, 2, 2), **FOR_B)}
+OFFICIAL = {
+    **{name: (UNet, config) for name, config in UNETS.items()},
+    "stage_a": (StageA, StageAConfig()),
+    "effnet_encoder": (SemanticEncoder, SemanticEncoderConfig()),
+    "previewer": (Previewer, PreviewerConfig()),
+    "text_encoder": (TextEncoder, TextConfig()),
+    "image_encoder": (ImageEncoder, ImageConfig())}
+
+
+def on_meta(network_class, config):
+    """A network without values."""
+    with torch.device("meta"):
+        return network_class(config).eval().requires_grad_(False)
+
+
+# ------------------------------------------------------------------------------ golden files
+
+# How each network is run on the inputs of its golden file: {name of an output: tensor}.
+RUNS = {
+    "stage_c": lambda network, **inputs: {"epsilon": network(**inputs)},
+    "stage_b": lambda network, **inputs: {"epsilon": network(**inputs)},
+    "stage_a": lambda network, z, image: {"decoded": network.decode(z), "encoded": network.encode(image)},
+    "text_encoder": lambda network, ids, mask: dict(zip(("hidden", "pooled"), network(ids, mask))),
+    "image_encoder": lambda network, pixels: {"embedding": network(pixels)},
+    "effnet_encoder": lambda network, image: {"latent": network(image)},
+    "previewer": lambda network, latent: {"picture": network(latent)}}
+
+
+def golden(name):
+    """The inputs and outputs, by name, in a golden file, and the sum of the peer's weights."""
+    inputs, outputs = {}, {}
+    tensors = load_file(TESTS / "golden" / f"{name}.safetensors")
+    for key, tensor in tensors.items():
+        side, _, key = key.partition(".")
+        if side != "weights":
+            (inputs if side == "in" else outputs)[key] = tensor
+    return inputs, outputs, tensors.get("weights")
+
+
+# ------------------------------------------------------------------------------ inputs and errors
+
+def noise(*shape, seed=None):
+    """Gaussian noise, the same for the same shape."""
+    seed = sum(shape) if seed is None else seed
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def unet_inputs(config, seed=0, rows=2, height=6, width=5, tokens=7, images=2):
+    """Random arguments of a UNet; height and width are those of its outermost feature map."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(shape, generator=generator)
+
+    side = config.patch_size
+    inputs = {
+        "x": randn(rows, config.latent_channels, height * side, width * side),
+        "r": torch.rand(rows, generator=generator),
+        "clip_text_pooled": randn(rows, 1, config.text_dim)}
+    if config.is_stage_b:
+        return inputs | {"effnet": randn(rows, 16, 3, 3), "pixels": randn(rows, 3, 9, 7)}
+    return inputs | {"clip_text": randn(rows, tokens, config.text_dim),
+                     "clip_img": randn(rows, images, config.image_dim)}
+
+
+def relative_error(ours, theirs):
+    """The largest difference, relative to the largest value of `theirs`; inf where it is not finite."""
+    assert ours.shape == theirs.shape
+    error = (ours.double() - theirs.double()).abs().max() / theirs.double().abs().max()
+    return error.nan_to_num(torch.inf).item()
+
+
+def assert_same(ours, theirs, tolerance=1e-5):
+    """Equal up to a relative error, and not because there is nothing to compare."""
+    assert theirs.isfinite().all() and theirs.std() > 1e-2, "the comparison would prove nothing"
+    assert relative_error(ours, theirs) <= tolerance
+
+
+def slow_except(values, *fast):
+    """Values of a parametrised test, which is slow but for those in `fast`."""
+    return [value if value in fast else pytest.param(value, marks=pytest.mark.slow) for value in values]

@@ -1,0 +1,295 @@
+"""The operators of every network at its official size, and the numbers of the schedule, found by running the code.
+
+    python tests/porting/operators.py                       writes OPERATORS.md and the schedule in PORTING.md
+    python tests/porting/operators.py --detail "Stage C"    prints every operator of one network
+
+The networks run on the meta device in bf16: nothing is computed; shapes and types are those of a real run. An operator
+is what PyTorch's dispatcher sees in inference mode (a linear, an attention), not what it is made of. An operator whose
+result is a view of its input (a permute, a chunk, most reshapes) moves nothing and is not listed.
+"""
+import argparse
+import sys
+import weakref
+from collections import defaultdict
+from dataclasses import astuple, dataclass, field
+from pathlib import Path
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import conv_flop_count, sdpa_flop_count
+
+TESTS = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(TESTS.parent), str(TESTS)]
+
+from helpers import OFFICIAL, on_meta
+from pages import OPERATORS_PAGE, PORTING_PAGE, table, write_section
+
+from sampler import alpha_bar, ddpm, timesteps
+
+BF16 = torch.bfloat16
+TOKENS = {"ids": (2, 77), "mask": (2, 77)}
+FOR_C = {"x": (2, 16, 24, 24), "r": (2,), "clip_text_pooled": (2, 1, 1280),
+         "clip_text": (2, 77, 1280), "clip_img": (2, 1, 768)}
+FOR_B = {"x": (1, 4, 256, 256), "r": (1,), "clip_text_pooled": (1, 1, 1280), "effnet": (1, 16, 24, 24)}
+TYPES = {"ids": torch.int64, "mask": torch.int64, "r": torch.float32}      # all others are bf16
+# title -> official network, method, inputs, calls for one image of 1024x1024, whether its operators are on the page
+NETWORKS = {
+    "Text encoder": ("text_encoder", "forward", TOKENS, 1, True),
+    "Stage C lite": ("stage_c_lite", "forward", FOR_C, 20, True),
+    "Stage C": ("stage_c", "forward", FOR_C, 20, False),
+    "Stage B lite": ("stage_b_lite", "forward", FOR_B, 10, True),
+    "Stage B": ("stage_b", "forward", FOR_B, 10, False),
+    "Stage A, decoding": ("stage_a", "decode", {"z": (1, 4, 256, 256)}, 1, True),
+    "Stage A, encoding": ("stage_a", "encode", {"image": (1, 3, 1024, 1024)}, 0, True),
+    "Semantic encoder": ("effnet_encoder", "forward", {"image": (1, 3, 768, 768)}, 0, True),
+    "Image encoder": ("image_encoder", "forward", {"pixels": (1, 3, 224, 224)}, 0, True),
+    "Previewer": ("previewer", "forward", {"latent": (1, 16, 24, 24)}, 0, True)}
+
+
+def tensors(values):
+    return [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
+
+
+def size(tensor):
+    return tensor.numel() * tensor.element_size()
+
+
+def weight_size(network):
+    return sum(map(size, network.state_dict().values()))
+
+
+def shape(tensor):
+    return "×".join(map(str, tensor.shape)) or "1"
+
+
+def type_name(tensor):
+    name = str(tensor.dtype).removeprefix("torch.")
+    return {"bfloat16": "bf16", "float32": "fp32"}.get(name, name)
+
+
+def count_flops(name, args, out):
+    """A multiplication and its addition are two FLOPs; only these operators count."""
+    if name == "linear":
+        return 2 * out.numel() * args[0].shape[-1]
+    if name in ("conv2d", "conv_transpose2d"):
+        transposed = name == "conv_transpose2d"
+        return conv_flop_count(args[0].shape, args[1].shape, out.shape, transposed=transposed)
+    if name == "scaled_dot_product_attention":
+        return sdpa_flop_count(*(tensor.shape for tensor in args[:3]))
+    return 0
+
+
+def attention_trap(args):
+    if args["attn_mask"] is not None:
+        return "causal mask and padding mask"
+    return args["query"].shape != args["key"].shape and "the condition's keys come after the image's"
+
+
+def shuffle_trap(args):
+    factor = args.get("upscale_factor") or args.get("downscale_factor")
+    return factor > 1 and "channel is c·p² + row·p + column"
+
+
+# What a port gets wrong, read from an operator's arguments: (operator, function that returns it, or False).
+TRAPS = (
+    ("gelu", lambda args: args["approximate"] == "none" and "exact, with erf"),
+    ("upsample_bilinear2d", lambda args: args["align_corners"] and "corners aligned"),
+    ("sum", lambda args: args["dim"] == [1, 2] and "GRN: over all positions, cannot be tiled"),
+    ("pad", lambda args: args["mode"] == "replicate" and "edges replicated"),
+    ("conv_transpose2d", lambda args: "transposed, weight is (C_in, C_out, k, k)"),
+    ("conv2d", lambda args: args["groups"] > 1 and "depthwise"),
+    ("conv2d", lambda args: args["stride"] != [1, 1] and f"stride {args['stride'][0]}"),
+    ("batch_norm", lambda args: f"training={args['training']}: running statistics, eps {args['eps']:g}"),
+    ("layer_norm", lambda args: f"eps {args['eps']:g}" + ", no scale or shift" * (args["weight"] is None)),
+    ("scaled_dot_product_attention", attention_trap),
+    ("pixel_shuffle", shuffle_trap),
+    ("pixel_unshuffle", shuffle_trap),
+    ("mul", lambda args: isinstance(args["other"], float) and args["other"] == 1.702
+     and "quick GELU: x·sigmoid(1.702x)"),
+    ("argmax", lambda args: "the first of equals"))
+
+
+@dataclass
+class Row:
+    """Calls of one operator with the same shapes and types."""
+    count: int = 0
+    flops: int = 0
+    moved: int = 0                                      # bytes: every input read once, every output written once
+
+    def __add__(self, other):
+        return Row(*(a + b for a, b in zip(astuple(self), astuple(other))))
+
+
+@dataclass
+class Record(TorchDispatchMode):
+    """Records every operator that runs within it."""
+    rows: dict = field(default_factory=lambda: defaultdict(Row))    # (operator, shapes, type, trap) -> Row
+    held: dict = field(default_factory=lambda: defaultdict(int))    # storage -> number of its tensors
+    live: int = 0                                       # bytes of activations alive
+    peak: int = 0                                       # the maximum of that
+    largest: tuple = (0, "")                            # bytes and shape of the largest result
+
+    def __post_init__(self):
+        super().__init__()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = operator(*args, **kwargs)
+        inputs, outs = tensors((args, kwargs)), tensors(result)
+        for out in outs:
+            self.hold(out)
+        storages = {tensor.untyped_storage()._cdata for tensor in inputs}
+        if all(out.untyped_storage()._cdata in storages for out in outs):
+            return result
+        out, name = outs[0], operator._schema.name.removeprefix("aten::")
+        arguments = {argument.name: argument.default_value for argument in operator._schema.arguments}
+        arguments |= dict(zip(arguments, args)) | kwargs
+        traps = [trap(arguments) for other, trap in TRAPS if other == name]
+        traps.append(out.dtype == torch.float32 and "stays fp32")
+        shapes = ", ".join(shape(tensor) for tensor in inputs if tensor.dim() > 1)
+        key = name, f"{shapes} → {shape(out)}", type_name(out), "; ".join(filter(None, traps))
+        read = [out] if name == "embedding" else inputs  # only some rows of a table are read
+        moved = sum(map(size, read)) + sum(map(size, outs))
+        self.rows[key] += Row(1, count_flops(name, args, out), moved)
+        self.largest = max(self.largest, (size(out), shape(out)))
+        return result
+
+    def hold(self, tensor):
+        """Counts a storage from its first tensor to the end of its last."""
+        storage = tensor.untyped_storage()
+        key, bytes = storage._cdata, storage.nbytes()
+        if not self.held[key]:
+            self.live += bytes
+            self.peak = max(self.peak, self.live)
+        self.held[key] += 1
+        weakref.finalize(tensor, self.release, key, bytes)
+
+    def release(self, key, bytes):
+        self.held[key] -= 1
+        if not self.held[key]:
+            self.live -= bytes
+
+    @property
+    def total(self):
+        return sum(self.rows.values(), Row())
+
+
+def record_call(network, method, inputs):
+    """A Record of one call, in which the network's weights do not count as activations, and the outputs."""
+    record = Record()
+    record.held |= {tensor.untyped_storage()._cdata: 1 for tensor in network.state_dict().values()}
+    for tensor in inputs.values():
+        record.hold(tensor)
+    with torch.inference_mode(), record:
+        outputs = getattr(network, method)(**inputs)
+    return record, outputs
+
+
+def run(title, dtype=BF16):
+    """A network on the meta device, the Record of its run, and its first output."""
+    name, method, shapes, _, _ = NETWORKS[title]
+    network = on_meta(*OFFICIAL[name]).to(dtype)
+    inputs = {}
+    for key, sizes in shapes.items():
+        inputs[key] = torch.empty(sizes, dtype=TYPES.get(key, dtype), device="meta")
+    record, outputs = record_call(network, method, inputs)
+    return network, record, tensors(outputs)[0]
+
+
+# ------------------------------------------------------------------------------ the pages
+
+HEAD = """# The operators
+
+Written by `python tests/porting/operators.py`; a test fails when it is out of date. The official networks at the sizes
+of one image of 1024×1024, run on the meta device in bf16. Stage C has two rows (guidance), Stage B one. The figures of
+a line are those of all its calls together.
+
+- A FLOP is a multiplication or an addition of a linear layer, a convolution or an attention; nothing else counts.
+- *Moved*: every operator reads its inputs and weights once and writes its result once; nothing is fused. This is what
+  a port can save by fusing. Views (permute, chunk, most reshapes) are free and not listed; a `flatten` that is listed
+  copies.
+- *Peak*: the activations alive at one time, inputs included; without the weights and the workspace of an operator.
+- Weights and peak are those of bf16; they double in fp32.
+- Attention is one operator here, as on a GPU; in bf16 on a CPU, `attention_by_head` in `model.py` writes it out.
+- *Trap*: what a port easily gets wrong here, read from the operator's arguments and the type of its result.
+"""
+
+
+def detail_table(record, whole):
+    """The operators in order. Those below 1 % of the FLOPs and of the bytes are merged, with one line for each trap
+    that no large operator shows."""
+    total, lines, small = record.total, [], defaultdict(list)
+    for (name, shapes, type, trap), row in record.rows.items():
+        if whole or row.flops > total.flops / 100 or row.moved > total.moved / 100:
+            lines.append((f"`{name}`", shapes, type, row, trap))
+        else:
+            small[trap].append((name, type, row))
+    for trap in set(small) & {trap for *_, trap in lines} - {""}:
+        small[""] += small.pop(trap)
+    for trap, rows in sorted(small.items(), key=lambda item: not item[0]):
+        names = ", ".join(f"`{name}`" for name in dict.fromkeys(name for name, _, _ in rows))
+        types = ", ".join(sorted({type for _, type, _ in rows}))
+        lines.append((names if trap else "all else", "", types, sum((row for *_, row in rows), Row()), trap))
+    return table(
+        ["operator", "inputs, weights → result", "type", "count", "GFLOP", "MB moved", "trap"],
+        [[name, shapes, type, row.count, f"{row.flops / 1e9:.2f}", f"{row.moved / 1e6:.1f}", trap]
+         for name, shapes, type, row, trap in lines])
+
+
+def operators_page():
+    summary, details = [], []
+    image = {"lite": [0, 0, 0], "full": [0, 0, 0]}      # FLOPs, bytes moved, bytes of weights
+    only = {"Stage C lite": ["lite"], "Stage B lite": ["lite"], "Stage C": ["full"], "Stage B": ["full"]}
+    for title, (_, _, shapes, calls, detailed) in NETWORKS.items():
+        network, record, out = run(title)
+        total, first = record.total, next(iter(shapes.values()))
+        parameters = sum(parameter.numel() for parameter in network.parameters())
+        summary.append([
+            title, "×".join(map(str, first)), shape(out), f"{parameters / 1e6:.1f} M",
+            f"{parameters * 2 / 1e6:.0f}", f"{total.flops / 1e9:.1f}", f"{total.moved / 1e6:.0f}",
+            record.largest[1], f"{record.peak / 1e6:.0f}", calls])
+        for pair in only.get(title, image):
+            figures = calls * total.flops, calls * total.moved, bool(calls) * parameters * 2
+            image[pair] = [a + b for a, b in zip(image[pair], figures)]
+        if detailed:
+            details.append(f"\n## {title}\n\n{detail_table(record, whole=False)}")
+    head = ["network", "input", "output", "parameters", "weights, MB", "GFLOP per call",
+            "MB moved per call", "largest result", "peak, MB", "calls"]
+    pairs = [[pair, f"{flops / 1e12:.1f}", f"{moved / 1e9:.0f}", f"{weights / 1e9:.2f}"]
+             for pair, (flops, moved, weights) in image.items()]
+    return (f"{HEAD}\n{table(head, summary)}\nOne image in 20 and 10 steps, from the text encoder to the pixels:\n\n"
+            f"{table(['pair', 'TFLOP', 'GB moved', 'weights, GB'], pairs)}\n"
+            "Below: the operators with at least 1 % of a network's FLOPs or bytes, and every trap. All operators, those "
+            "of\nthe full pair too: `python tests/porting/operators.py --detail 'Stage C'`.\n" + "".join(details))
+
+
+def schedule():
+    """alpha_bar at the times of 20 and of 10 steps, and the coefficients of x' = X x + E eps + N noise, in fp64."""
+    zero, one, parts = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64), []
+    for steps, stage in ((20, "Stage C"), (10, "Stage B")):
+        t = timesteps(steps).double().mul(steps).round() / steps
+        a, rows = alpha_bar(t), []
+        for i in range(steps):
+            X = ddpm(one, zero, zero, a[i], a[i + 1])
+            E = ddpm(zero, one, zero, a[i], a[i + 1])
+            N = ddpm(zero, zero, one, a[i], a[i + 1]) * (i < steps - 1)
+            rows.append([i, f"{t[i]:.2f}", *(f"{number:.8f}" for number in (a[i], X, E, N))])
+        rows.append([steps, f"{t[-1]:.2f}", f"{a[-1]:.8f}", "", "", ""])
+        parts.append(f"{stage}, {steps} steps:\n\n" + table(["i", "t", "alpha_bar", "X", "E", "N"], rows))
+    return "\n".join(parts)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--detail", choices=NETWORKS)
+    options = parser.parse_args()
+    if options.detail:
+        print(detail_table(run(options.detail)[1], whole=True))
+    else:
+        OPERATORS_PAGE.write_text(operators_page(), encoding="utf-8")
+        write_section(PORTING_PAGE, "schedule", schedule())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""How far bf16 and fp16 drift from fp32, and the memory of each: writes the precision table in PERFORMANCE.md.
+
+    python tests/porting/precision.py
+
+Drift is the largest difference from fp32, relative to the largest value in fp32. It is measured on random networks
+(tests/tiny.py, five seeds), on random UNets whose activations go far beyond 65504 (`overflowing`), and on the tiny
+cascade while it draws an image. Memory is computed: the official networks run on the meta device.
+"""
+import copy
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+TESTS = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(TESTS.parent), str(TESTS)]
+
+import operators
+from helpers import RUNS, golden, relative_error, unet_inputs
+from pages import PERFORMANCE_PAGE, table, write_section
+from tiny import STAGE_B, STAGE_C, networks, randomise
+
+import model
+from cascade import Cascade, to_pillow
+
+BF16, FP16 = torch.bfloat16, torch.float16
+TIMES = ("r", "sca", "crp")
+PROMPT = "a large red circle on a white background"
+# title in operators.NETWORKS -> the tiny network, and what is fp32 in it beside fp16 weights
+UNET = "feature maps, GRN, convolutions other than 1×1"
+NETWORKS = {
+    "Text encoder": ("text_encoder", "nothing"),
+    "Stage C lite": ("stage_c", UNET),
+    "Stage C": ("stage_c", UNET),
+    "Stage B lite": ("stage_b", UNET),
+    "Stage B": ("stage_b", UNET),
+    "Stage A, decoding": ("stage_a", "nothing"),
+    "Semantic encoder": ("effnet_encoder", "nothing"),
+    "Image encoder": ("image_encoder", "nothing"),
+    "Previewer": ("previewer", "nothing")}
+
+
+def cast(value, dtype):
+    return value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() else value
+
+
+def cast_inputs(inputs, dtype):
+    """A network's inputs in its type; times stay fp32."""
+    return {name: value if name in TIMES else cast(value, dtype) for name, value in inputs.items()}
+
+
+def largest_drift(pairs):
+    return max(relative_error(ours, exact) for ours, exact in pairs)
+
+
+@contextmanager
+def without_upcast():
+    """Plain fp16: feature maps are not upcast to fp32."""
+    with mock.patch.object(model, "upcast_fp16", lambda x: x):
+        yield
+
+
+# ------------------------------------------------------------------------------ random networks
+
+@torch.inference_mode()
+def random_drift(name, dtype, seeds=5):
+    inputs, _, _ = golden(name)
+    worst = 0.0
+    for seed in range(seeds):
+        network = networks(seed)[name]
+        exact = RUNS[name](network, **inputs)
+        ours = RUNS[name](copy.deepcopy(network).to(dtype), **cast_inputs(inputs, dtype))
+        worst = max(worst, largest_drift((ours[key], exact[key]) for key in exact))
+    return worst
+
+
+def overflowing(config, seed, factor=100):
+    """A random UNet whose blocks' outputs and GRNs are `factor` times larger than those of `randomise`."""
+    unet = randomise(model.UNet(config), seed)
+    for block in unet.modules():
+        if isinstance(block, model.ResidualBlock):
+            block.channelwise[2].gamma.mul_(factor)
+            block.channelwise[4].weight.mul_(factor)
+        elif isinstance(block, model.AttentionBlock):
+            block.attention.attn.out_proj.weight.mul_(factor)
+    return unet
+
+
+@torch.inference_mode()
+def overflowing_drift(config, dtype, seed, factor=100, **sizes):
+    """inf if anything is not finite."""
+    unet, inputs = overflowing(config, seed, factor), unet_inputs(config, seed, **sizes)
+    exact = unet(**inputs)
+    return relative_error(unet.to(dtype)(**cast_inputs(inputs, dtype)), exact)
+
+
+# ------------------------------------------------------------------------------ the tiny cascade
+
+@torch.inference_mode()
+def calls_of_the_tiny_cascade(steps=6, decoder_steps=4):
+    """name -> [(positional inputs, inputs by name, fp32 output)] of its networks while they draw an image."""
+    cascade, calls = Cascade(keep=True), {}
+    for name in ("text_encoder", "stage_c", "stage_b", "effnet_encoder", "image_encoder", "previewer"):
+        calls[name] = []
+        cascade.network(name).register_forward_hook(
+            lambda network, args, inputs, output, name=name: calls[name].append((args, inputs, output)),
+            with_kwargs=True)
+    z = cascade(PROMPT, steps=steps, decoder_steps=decoder_steps, output="latent")
+    pixels = cascade.network("stage_a").decode(z)
+    calls["stage_a"] = [((z,), {}, pixels)]
+    image = to_pillow(pixels[0].clamp(0, 1).permute(1, 2, 0).numpy())
+    cascade.network("previewer")(cascade.encode_semantic(image))
+    cascade.encode_image([image])
+    return calls
+
+
+@torch.inference_mode()
+def tiny_cascade_drift(calls, name, dtype):
+    network, pairs = Cascade(dtype=dtype).network(name), []
+    run = network.decode if name == "stage_a" else network
+    for (x, *args), inputs, exact in calls[name]:
+        if name not in ("stage_b", "stage_c"):  # there it is the time, which stays fp32
+            args = [cast(value, dtype) for value in args]
+        ours = run(cast(x, dtype), *args, **cast_inputs(inputs, dtype))
+        pairs += zip(ours, exact) if isinstance(exact, tuple) else [(ours, exact)]
+    return largest_drift(pairs)
+
+
+def image_drift(dtype):
+    """How far the tiny cascade's images are from fp32's, of 255."""
+    ours, exact = (Cascade(dtype=kind)(PROMPT, images=2, output="np") for kind in (dtype, "fp32"))
+    return 255 * abs(ours - exact).mean()
+
+
+# ------------------------------------------------------------------------------ the table
+
+def memory(title):
+    """Weights + activations in fp32, bf16 and fp16, GB, of one call for an image of 1024x1024."""
+    cells = []
+    for dtype in (torch.float32, BF16, FP16):
+        network, record, _ = operators.run(title, dtype)
+        cells.append(f"{operators.weight_size(network) / 1e9:.2f} + {record.peak / 1e9:.2f}")
+    return cells
+
+
+def rounded(value):
+    return f"{value:.0e}".replace("e-0", "e-")
+
+
+def precision_table():
+    calls, rows = calls_of_the_tiny_cascade(), []
+    for title, (name, kept) in NETWORKS.items():
+        config = {"stage_c": STAGE_C, "stage_b": STAGE_B}.get(name)
+        drifts = ["as below"] * 3
+        if "lite" not in title:
+            drifts = [f"{rounded(random_drift(name, dtype))}, {rounded(tiny_cascade_drift(calls, name, dtype))}"
+                      for dtype in (BF16, FP16)]
+            drifts.append(rounded(max(overflowing_drift(config, FP16, seed) for seed in range(5))) if config else "")
+        rows.append([title, kept, *drifts, *memory(title)])
+    head = ["network", "fp32 beside fp16 weights", "drift, bf16", "drift, fp16", "fp16, overflowing",
+            "GB, fp32", "GB, bf16", "GB, fp16"]
+    images = ", ".join(f"{image_drift(dtype):.1f} in {dtype}" for dtype in ("bf16", "fp16"))
+    return f"{table(head, rows)}\nImages of the tiny cascade, mean difference from fp32, of 255: {images}.\n"
+
+
+if __name__ == "__main__":
+    write_section(PERFORMANCE_PAGE, "precision", precision_table())

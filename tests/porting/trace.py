@@ -1,0 +1,354 @@
+"""Golden activations: everything that happens between a prompt and its image, for a port to check itself against.
+
+    python tests/porting/trace.py "a large red circle" --out trace.safetensors          the tiny cascade: seconds, 10 MB
+    python tests/porting/trace.py --compare trace.safetensors mine.safetensors          where does mine differ?
+    python tests/porting/trace.py --list --weights weights/official --lite              names, shapes and size; no run
+    python tests/porting/trace.py "an astronaut" --weights weights/official --lite --stages stage_c --steps-recorded 0
+                                                                                        1.4 GB
+
+`Cascade` draws one image while hooks record it. In the names, S is stage_c or stage_b; NNN counts its steps from 000;
+PATH is the path of a module in model.py or text_encoder.py, the same as in the names of the official files.
+
+    tokens.ids, tokens.mask                 (B, L), integers: the prompt and, if it differs, the negative prompt
+    text_encoder.PATH.in, .out              in a layer, token i attends to the tokens j <= i where the mask is 1
+    text_encoder.hidden, .pooled            the outputs of the text encoder
+    S.timesteps, S.alpha_bar                (steps + 1,): step NNN goes from entry NNN to the next
+    S.condition.NAME                        the UNet's arguments: clip_text_pooled, clip_text and clip_img, or effnet
+    S.step-NNN.x                            the latent before the step; in step 000 it is pure noise
+    S.step-NNN.embed_time.out               the time embedding; every block gets it as `t_emb`
+    S.step-NNN.PATH.in, .out                of some steps, see below; every block gets clip_norm.out as `cond`
+    S.step-NNN.PATH.skip                    of the blocks that read the skip of their level
+    S.step-NNN.out                          the output of the network
+    S.step-NNN.epsilon, .x0                 the noise after guidance; the predicted clean latent
+    S.step-NNN.noise                        the noise that the step adds; zeros in the last step
+    S.latent                                the latent after the last step
+    stage_a.PATH.in, .out                   of its decoder
+    picture                                 (1, 3, H, W) in [0, 1]
+
+PATH is recorded in the steps of --steps-recorded (-1 is a stage's last step). It stands for every module that a network
+itself calls or, with --blocks, for every module that matches a pattern, however deep: 'stage_c.down_blocks.0.0*' is a
+block and everything inside it. A module that is called again in the same step, because its level repeats, is
+PATH.pass-1, then PATH.pass-2. With guidance a network gets two rows: the conditional one, then the unconditional one.
+
+Values are fp32, whatever the type of the run. Between the blocks of the UNets and of Stage A they are channels-last,
+(B, H, W, C); latents, noise and pixels, and so embedding.in, clf.out and out_block.out, are channels-first. --compare
+expects the same names in the same layout (axes of length 1 do not count), in any floating-point type. The other file
+may hold any part of the trace: one stage, or one block. The file's metadata hold the order of execution ("order", a JSON
+list of names, which safetensors sorts), the layout, and how the image was made.
+
+Another implementation's Stage C, `port`, with our noise and conditions:
+
+    trace = load_file("trace.safetensors")
+    names = "clip_text_pooled", "clip_text", "clip_img"
+    condition = {name: trace[f"stage_c.condition.{name}"] for name in names}
+    mine, x, a = {}, trace["stage_c.step-000.x"], trace["stage_c.alpha_bar"]
+    for i, r in enumerate(trace["stage_c.timesteps"][:-1]):
+        step = f"stage_c.step-{i:03}"
+        mine[f"{step}.out"] = port(torch.cat([x, x]), r.expand(2), **condition)
+        cond, uncond = mine[f"{step}.out"].chunk(2)
+        mine[f"{step}.epsilon"] = uncond + 4.0 * (cond - uncond)
+        x = sampler.ddpm(x, mine[f"{step}.epsilon"], trace[f"{step}.noise"], a[i], a[i + 1])
+    mine["stage_c.latent"] = x
+    save_file({name: tensor.contiguous() for name, tensor in mine.items()}, "mine.safetensors")
+
+One of its blocks: `block(trace[f"{name}.in"], trace[f"{step}.embed_time.out"], trace[f"{step}.clip_norm.out"])`. In the
+other direction, `Cascade().decode(x, "a large red circle")` decodes the latents of the port.
+"""
+import argparse
+import json
+import sys
+import warnings
+from collections import Counter, defaultdict
+from fnmatch import fnmatchcase
+from functools import partial
+from math import inf
+from pathlib import Path
+from unittest import mock
+
+import torch
+from safetensors.torch import save
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import cascade
+import sampler
+from model import CascadeError, UNet, Weights, out_of_memory, require
+
+STAGES = ("text_encoder", "stage_c", "stage_b", "stage_a")
+LAYOUT = ("channels-last, (B, H, W, C), between the blocks of stage_c, stage_b and stage_a; channels-first are x, out, "
+          "epsilon, x0, noise, latent, condition, picture, embedding.in, clf.out and out_block.out")
+
+
+class Trace:
+    """The recorded values, {name: tensor}, in the order of execution."""
+
+    def __init__(self, stages, steps, patterns):
+        self.stages, self.steps, self.patterns = stages, steps, patterns
+        self.unused_patterns = set(patterns)
+        self.tensors = {}
+
+    def begin(self, prefix, record=True):
+        """From here on names begin with this prefix, and the passes of every module are counted again."""
+        self.prefix, self.stage = prefix, prefix.split(".")[0]
+        self.record = record and self.stage in self.stages
+        self.passes, self.open = Counter(), []
+
+    def add(self, name, tensor):
+        device = tensor.device if tensor.is_meta else "cpu"
+        tensor = tensor.to(device, torch.float32 if tensor.is_floating_point() else None)
+        tensor = tensor.clone(memory_format=torch.contiguous_format)  # one's `out` is the next one's `in`
+        self.tensors[f"{self.prefix}.{name}".lstrip(".")] = tensor
+
+    def watch(self, network, stage):
+        self.begin(stage)
+        network.register_forward_pre_hook(self.before_network)
+        network.register_forward_hook(self.after_network)
+        for path, module in network.named_modules():
+            if path:
+                module.register_forward_pre_hook(partial(self.before_module, path))
+                module.register_forward_hook(self.after_module)
+        return network
+
+    def before_network(self, network, args):
+        if isinstance(network, UNet):
+            x, r = args
+            self.add("embed_time.out", network.embed_time(r, None, None).to(x.dtype))
+        else:
+            ids, mask = args
+            self.begin("tokens")
+            self.add("ids", ids)
+            self.add("mask", mask)
+            self.begin("text_encoder")
+
+    def after_network(self, network, args, output):
+        if isinstance(network, UNet):
+            self.output = output
+            self.add("out", output)
+        else:
+            hidden, pooled = output
+            self.add("hidden", hidden)
+            self.add("pooled", pooled)
+
+    def is_recorded(self, path):
+        if not self.record or not self.patterns:
+            return self.record and not self.open  # what a network itself calls; not what is called within that
+        matches = {pattern for pattern in self.patterns if fnmatchcase(f"{self.stage}.{path}", pattern)}
+        self.unused_patterns -= matches
+        return bool(matches)
+
+    def before_module(self, path, module, args):
+        name, count = None, self.passes[path]
+        if self.is_recorded(path):
+            name = f"{path}.pass-{count}" if count else path
+            self.add(f"{name}.in", args[0])
+            if getattr(module, "reads_skip", False):
+                self.add(f"{name}.skip", args[-1])
+        self.passes[path] += 1
+        self.open.append(name)
+
+    def after_module(self, module, args, output):
+        name = self.open.pop()
+        if name:
+            self.add(f"{name}.out", output)
+
+    def sample(self, unet, shape, condition, steps, guidance, noise_generators, recipe, *init):
+        """sampler.sample, recorded. The noise is drawn a second time, from copies of the generators."""
+        stage, times = self.stage, sampler.timesteps(steps)
+        copies = [generator.clone_state() for generator in noise_generators]
+        self.add("timesteps", times)
+        self.add("alpha_bar", sampler.alpha_bar(times))
+        rows = len(copies) * (2 if guidance > 1 else 1)
+        for name, value in condition.items():
+            self.add(f"condition.{name}", value[:rows])
+        if unet.config.image_dim:  # without an image it is zeros, which other implementations may need to be given
+            self.add("condition.clip_img", value.new_zeros(rows, 1, unet.config.image_dim))
+        walk = sampler.sample(unet, shape, condition, steps, guidance, noise_generators, recipe, *init)
+        x = sampler.draw_noise(copies, shape, "cpu")
+        for i in range(steps):
+            self.begin(f"{stage}.step-{i:03}", i in self.steps or i - steps in self.steps)
+            self.add("x", x)
+            x, x0 = next(walk)
+            eps = self.output.float()
+            if rows > len(copies):
+                eps = sampler.guide(*eps.chunk(2), guidance, recipe.rescale)
+            self.add("epsilon", eps)
+            self.add("x0", x0)
+            self.add("noise", sampler.draw_noise(copies, shape, "cpu") * (i < steps - 1))
+            yield x, x0
+        self.begin(stage)
+        self.add("latent", x)
+
+
+class TracedCascade(cascade.Cascade):
+    """Every network that it opens is recorded. On the meta device networks are empty: they give all names and shapes,
+    and no values."""
+    trace: Trace
+
+    def network(self, name):
+        if self.device.type != "meta":
+            return self.trace.watch(super().network(name), name)
+        _, network_class, read_config = cascade.NETWORKS[name]
+        with self.device:
+            network = network_class(read_config(Weights(self.file(name)))).eval()
+        if isinstance(network, UNet):  # where no block is recorded, only the shape of the output matters
+            forward = network.forward
+            network.forward = lambda x, r, **inputs: forward(x, r, **inputs) if self.trace.record else x
+        return self.trace.watch(network, name)
+
+
+@torch.no_grad()
+def draw(traced, options):
+    """Cascade.__call__ for one image, up to the last of the recorded stages; returns its Trace."""
+    traced.trace = trace = Trace(options.stages, options.steps_recorded, options.blocks)
+    last = max(map(STAGES.index, options.stages))
+    with mock.patch.object(cascade, "sample", trace.sample):
+        text = traced.encode_prompt(options.prompt, options.negative)
+        width, height = traced.size(options.width, options.height)
+        if last >= 1:
+            latents = traced.prior(text, width=width, height=height, steps=options.steps, guidance=options.guidance,
+                                   seed=options.seed)
+        if last >= 2:
+            z = traced.decode(latents, text, width=width, height=height, steps=options.decoder_steps, output="latent",
+                              guidance=options.decoder_guidance, seed=options.seed, prior_steps=options.steps)
+    if last >= 3:
+        stage_a = traced.network("stage_a")
+        pixels = stage_a.decode(z.to(stage_a.out_block[0].weight)).float()
+        trace.begin("")
+        trace.add("picture", pixels[:, :, :height, :width].clamp(0, 1))
+    return trace
+
+
+def run(options):
+    out, most = options.out, max(options.steps, options.decoder_steps)
+    valid = out.suffix == ".safetensors" and out.absolute().parent.is_dir() and not out.is_dir()
+    require(valid, f"--out {out}: expected a .safetensors file in an existing folder")
+    for step in options.steps_recorded:
+        require(-most <= step < most, f"--steps-recorded: expected 0 to {most - 1}, or -1 for the last, got {step}")
+    lite = options.lite or (options.lite_prior and "prior") or (options.lite_decoder and "decoder") or False
+    traced = TracedCascade(options.weights, options.device, options.dtype, lite, options.decoder_dtype)
+    device, traced.device = traced.device, torch.device("meta")
+    with mock.patch.object(torch.Tensor, "isfinite", lambda x: torch.ones(1, dtype=torch.bool)):  # not known there
+        rehearsal = draw(traced, options)
+    unused = ", ".join(sorted(rehearsal.unused_patterns))
+    require(not unused, f"--blocks {unused}: no such module runs; --list --blocks '*' lists all of them")
+    size = sum(tensor.nbytes for tensor in rehearsal.tensors.values())
+    summary = f"{len(rehearsal.tensors)} tensors, {size / 1e6:.1f} MB"
+    if options.list:
+        for name, tensor in rehearsal.tensors.items():
+            print(name, *tensor.shape)
+        print(summary)
+        return
+    require(size <= 1e9 * options.limit, f"{out}: would be {summary}, more than --limit {options.limit:g} GB; record fewer "
+            "--stages, --blocks or --steps-recorded, or a smaller image; --list shows what is large")
+    traced.device, traced.progress = device, True
+    tensors = draw(traced, options).tensors
+    used = {name: value for name, value in vars(options).items() if name not in ("compare", "list", "out", "limit")}
+    used |= {"networks": cascade.describe(traced, STAGES), "torch": torch.__version__}
+    metadata = {"order": json.dumps(list(tensors)), "layout": LAYOUT, "used": json.dumps(used, default=str)}
+    cascade.write_file(out, save(tensors, metadata))
+    print(f"{out}: {summary}")
+
+
+# ------------------------------------------------------------------------------ comparing
+
+def errors_of(ours, theirs):
+    """The largest error, relative to the largest value, and the error's L2 norm, relative to the value's. Of integers:
+    the fraction that differs."""
+    ours, theirs = ours.squeeze(), theirs.squeeze()
+    if ours.shape != theirs.shape:
+        return inf, inf
+    if not ours.is_floating_point():
+        return ((ours != theirs).double().mean().item(),) * 2
+    ours, error = ours.double(), theirs.double() - ours.double()
+    pairs = (error.abs().max(), ours.abs().max()), (error.norm(), ours.norm())
+    return tuple((wrong / right if right else wrong).nan_to_num(inf, inf).item() for wrong, right in pairs)
+
+
+def compare(path, other, tolerance):
+    """Prints where `other` differs from the trace at `path`; returns whether it does."""
+    ours, theirs = Weights(path), Weights(other)
+    require("order" in ours.metadata, f"{path}: not a trace, its metadata hold no order; expected the trace, then the "
+            "other file")
+    order = json.loads(ours.metadata["order"])
+    missing = [name for name in order if name not in theirs]
+    require(len(missing) < len(order), f"{other}: holds none of the trace's names, such as {order[0]}")
+    errors = {name: errors_of(ours.tensor(name), theirs.tensor(name)) for name in order if name in theirs}
+    unknown = len(theirs.keys() - set(order))
+    print(f"{len(errors)} of {len(order)} tensors compared, {len(missing)} missing, {unknown} unknown to the trace")
+    if missing:
+        print("missing:", ", ".join(missing[:5]) + (", ..." if missing[5:] else ""))
+    first = next((name for name, (largest, _) in errors.items() if largest > tolerance), None)
+    if first is None:
+        print(f"all agree: maximum relative error {max(errors.values())[0]:.1e}")
+    else:
+        largest, norm = errors[first]
+        print(f"first difference: {first}: maximum relative error {largest:.1e}, in L2 {norm:.1e}")
+        if ours[first] != theirs[first]:
+            hint = "; is one channels-first?" if sorted(ours[first]) == sorted(theirs[first]) else ""
+            print(f"  expected shape {ours[first]}, got {theirs[first]}{hint}")
+    print_largest(errors)
+    return first is not None
+
+
+def print_largest(errors):
+    """The 20 blocks with the largest errors."""
+    blocks = defaultdict(dict)  # block -> in, skip, out -> errors
+    for name, found in errors.items():
+        block, _, side = name.rpartition(".")
+        if side not in ("in", "skip", "out"):
+            block, side = name, "out"
+        blocks[block][side] = found
+    ranked = sorted(blocks.items(), key=lambda item: -max(item[1].values())[0])
+    ranked = [(block, found) for block, found in ranked if max(found.values())[0] > 0][:20]
+    if ranked:
+        print("   of in   of out   L2 of out")
+    for block, found in ranked:
+        columns = found.get("in", (None,))[0], *found.get("out", (None, None))
+        print(*(f"{'':9}" if value is None else f"{value:9.1e}" for value in columns), f" {block}")
+
+
+# ------------------------------------------------------------------------------ the command
+
+def parse(arguments):
+    parser = cascade.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("prompt", nargs="?", default="a large red circle on a white background", help="(default: %(default)s)")
+    add("--out", default="trace.safetensors", type=Path, metavar="FILE", help="(default: %(default)s)")
+    add("--list", action="store_true", help="only print what would be recorded; takes seconds at any size")
+    add("--compare", nargs=2, metavar=("TRACE", "OTHER"), help="only compare; exit status 1 where OTHER differs")
+    add("--tolerance", type=float, default=1e-4, help="relative error that --compare allows (default: %(default)s)")
+    add("--stages", nargs="+", default=STAGES, choices=STAGES, help="record these; stop after the last (default: all)")
+    add("--blocks", nargs="+", default=[], metavar="PATTERN", help="(default: what each network itself calls)")
+    add("--steps-recorded", nargs="+", type=int, default=[0, -1], metavar="N", help="(default: 0 -1)")
+    add("--limit", type=float, default=4, metavar="GB", help="write no larger file (default: %(default)s)")
+    add("--negative", default="", metavar="TEXT")
+    for option, default in (("width", None), ("height", None), ("seed", 0), ("steps", 20), ("decoder_steps", 10),
+                            ("guidance", 4.0), ("decoder_guidance", 0.0)):
+        add(f"--{option.replace('_', '-')}", type=cascade.number(option), default=default, help="as in cascade.py")
+    add("--weights", type=Path, default=cascade.TINY, metavar="FOLDER", help="(default: the tiny cascade)")
+    for option in ("--lite", "--lite-prior", "--lite-decoder"):
+        add(option, action="store_true", help="as in cascade.py")
+    add("--device", default="cpu", help="(default: %(default)s)")
+    add("--dtype", default="fp32", choices=cascade.DTYPES, help="of the run, not of the file (default: %(default)s)")
+    add("--decoder-dtype", choices=cascade.DTYPES, help="of Stage B and A (default: as --dtype)")
+    return parser.parse_args(arguments)
+
+
+def main(arguments=None):
+    """Returns the exit status: 0; 1 where --compare finds a difference; 2 after one line that says what went wrong."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            options = parse(arguments)
+            return int(bool(compare(*options.compare, options.tolerance) if options.compare else run(options)))
+        except CascadeError as error:
+            print(f"trace.py: {error}", file=sys.stderr)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            print("trace.py: out of memory; try fewer --stages or --steps-recorded, --lite or --dtype bf16", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""The tiny cascade, as committed: it draws what it is asked for, and keeps what image inputs show. The evaluator of
+weights/shapes.py reads every image. The bounds are wide; weights/evaluate.py measures."""
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import shapes
+import torch
+from evaluate import (accuracy, detect, draw, other_shapes, reconstruct, retrieval_accuracy, sample_scenes,
+                      stage_a_alone, swapped_positions)
+from PIL import Image
+
+from cascade import Cascade
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return Cascade(keep=True)
+
+
+def image_of(scene):
+    return Image.fromarray(shapes.render(scene))
+
+
+def shows_object_of(scene, detected):
+    """One object of this shape and colour on this background."""
+    (item,) = scene.objects
+    names = [(other.shape, other.colour) for other in detected.objects]
+    return names == [(item.shape, item.colour)] and detected.background == scene.background
+
+
+def test_an_image_shows_what_its_prompt_says(tiny):
+    scenes = sample_scenes(8, 3000)
+    assert accuracy(scenes, draw(tiny, scenes))[-1] >= 70
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("two, held", [(0.0, False), (0.0, True), (1.0, False), (1.0, True)])
+def test_images_of_all_kinds_of_scenes_show_what_their_prompts_say(tiny, two, held):
+    scenes = sample_scenes(12, [3000, int(two)], two, held)
+    assert accuracy(scenes, draw(tiny, scenes))[-1] >= (70 if held else 80)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("two, others", [(0.0, other_shapes), (1.0, swapped_positions)])
+def test_the_encoders_match_images_and_captions(tiny, two, others):
+    scenes = sample_scenes(24, [3000, int(two)], two)
+    assert retrieval_accuracy(tiny, [others(scene) for scene in scenes]) >= 90
+
+
+@pytest.mark.slow
+def test_a_reconstruction_keeps_everything(tiny):
+    scenes = sample_scenes(12, 3000)
+    assert accuracy(scenes, reconstruct(tiny, scenes))[-1] >= 85
+    assert accuracy(scenes, stage_a_alone(tiny, scenes))[-1] == 100
+
+
+@pytest.mark.slow
+def test_the_seed_changes_what_the_prompt_leaves_open(tiny):
+    images = tiny("a red star on a white background", images=6, output="np")
+    positions = [(item.x, item.y) for scene in detect(images) for item in scene.objects]
+    assert np.std(positions, axis=0).max() > 3
+
+
+@pytest.mark.slow
+def test_the_negative_prompt_is_avoided(tiny):
+    red = []
+    for negative in ("", "red"):
+        scenes = detect(tiny("a circle", negative, images=8, output="np"))
+        red.append(sum(any(item.colour == "red" for item in scene.objects) for scene in scenes))
+    assert red[1] < max(1, red[0])
+
+
+@pytest.mark.slow
+def test_a_variation_keeps_shape_colour_and_background(tiny):
+    scenes = sample_scenes(8, 4000, two=0.0)
+    images = [tiny(variation_images=image_of(scene), seed=i, output="np")[0] for i, scene in enumerate(scenes)]
+    assert np.mean([shows_object_of(*pair) for pair in zip(scenes, detect(images))]) >= 0.7
+
+
+@pytest.mark.slow
+def test_a_low_strength_keeps_the_position_and_a_high_one_follows_the_prompt(tiny):
+    scenes = sample_scenes(6, 5000, two=0.0)
+    distances, followed = [], []
+    for i, scene in enumerate(scenes):
+        (item,), other = scene.objects, scenes[i - 1]
+        near, far = (
+            detect(tiny(shapes.full_caption(target), init_image=image_of(scene), strength=strength, seed=i,
+                        output="np"))[0]
+            for target, strength in ((scene, 0.4), (other, 1.0)))
+        if len(near.objects) == 1:
+            distances.append(np.hypot(near.objects[0].x - item.x, near.objects[0].y - item.y))
+        followed.append(shows_object_of(other, far))
+    assert len(distances) >= 5 and np.median(distances) < 4 and np.mean(followed) >= 0.7
+
+
+def test_the_previewer_shows_what_the_latent_holds(tiny):
+    for scene in sample_scenes(8, 3000):
+        other = replace(scene, background="red" if scene.background != "red" else "blue")
+        with torch.no_grad():
+            preview = tiny.network("previewer")(tiny.encode_semantic(image_of(scene)))[0]  # (3, 24, 24)
+        small, different = (
+            np.asarray(image_of(each).resize((24, 24), Image.Resampling.BOX)) / 255 for each in (scene, other))
+        errors = [((preview.permute(1, 2, 0).numpy() - image) ** 2).mean() for image in (small, different)]
+        assert errors[0] < 0.02 < errors[1]
+
+
+def test_a_prompt_is_cut_at_the_length_of_the_text_encoder(tiny):
+    with pytest.warns(UserWarning, match="is cut to 32 tokens.*'star star"):
+        text = tiny.encode_prompt("star " * 32)
+    assert text.hidden.shape[1] == 32
