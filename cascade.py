@@ -4,8 +4,8 @@
     python cascade.py "a small blue star" --images 4 --seed 7 -o star.png       star-0.png to star-3.png, seeds 7 to 10
     python cascade.py --prompt-file prompts.txt -o out/image.png                one prompt per line: out/image-0.png, …
     python cascade.py "a circle" --negative "red" --guidance 6
-    python cascade.py "a green heart" -o heart.safetensors                      Stage C only: saves semantic latents
-    python cascade.py --latents heart.safetensors -o heart.png                  Stage B and A: decodes them
+    python cascade.py "a green heart" -o heart.safetensors                      Stage C only: save semantic latents
+    python cascade.py --latents heart.safetensors -o heart.png                  Stage B and A: decode them
     python cascade.py --variation-image a.png                                   a variation of an image
     python cascade.py "a blue star" --init-image a.png --strength 0.7           image to image
     python cascade.py --reconstruct a.png                                       to the semantic latent and back
@@ -13,9 +13,14 @@
 
 The text encoder reads the prompt. Stage C generates a semantic latent from it, 42.67 times smaller than the image on
 each side. Stage B generates an image latent from that, 4 times smaller. Stage A decodes it into pixels. Each network is
-loaded just before its turn and released after it.
+loaded when it is needed and released afterwards.
 """
 # The letters in shape comments are explained in model.py; here H, W are always pixels.
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)        # until main: Ctrl-C ends the imports without a traceback
+
 import argparse
 import ctypes
 import io
@@ -24,10 +29,8 @@ import json
 import math
 import numbers
 import os
-import signal
 import sys
 import traceback
-import types
 import uuid
 import warnings
 from collections.abc import Callable
@@ -35,6 +38,7 @@ from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 import torch
@@ -48,17 +52,18 @@ from tqdm import tqdm
 import model
 import text_encoder
 from model import CascadeError, Weights, exists, out_of_memory, reading, require
-from sampler import RECIPES, Recipe, draw_noise, generators, sample
+from sampler import RECIPES, draw_noise, generators, sample
 
 COMPRESSION = 42.67                                     # pixels per position of the semantic latent
 TINY = Path(__file__).resolve().parent / "weights" / "tiny"
 NETWORKS = model.NETWORKS | text_encoder.NETWORKS
-CHANNELS = {"stage_c": (16, 0), "stage_b": (4, 16), "stage_a": (4, 0),  # of latents, semantic latents
-            "effnet_encoder": (16, 0), "previewer": (16, 0)}
+CHANNELS = {                                            # of latents, which the networks hand to each other
+    "latent_channels": {"stage_c": 16, "stage_b": 4, "stage_a": 4, "effnet_encoder": 16, "previewer": 16},
+    "semantic_channels": {"stage_b": 16, "stage_c": 0}}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OUTPUTS = ("pil", "np", "pt", "latent")
 LITE = {False: (), True: ("stage_c", "stage_b"), "prior": ("stage_c",), "decoder": ("stage_b",)}
-OneImage = str | Path | Image.Image                     # a file, or an image of pillow's
+OneImage = str | Path | Image.Image                     # a path or a PIL image
 Device = str | torch.device
 Dtype = str | torch.dtype
 
@@ -66,31 +71,30 @@ Dtype = str | torch.dtype
 # ---------------------------------------------------------------------------------------------------- the pipeline
 @dataclass(frozen=True)
 class TextEmbeddings:
-    """What the text encoder makes of P prompts: P conditional rows, then P unconditional rows."""
+    """The text embeddings of P prompts: P conditional rows, then P unconditional rows."""
     hidden: Tensor  # (2P, L, D)
     pooled: Tensor  # (2P, 1, D)
 
     def to(self, device: Device) -> "TextEmbeddings":
         return TextEmbeddings(self.hidden.to(device), self.pooled.to(device))
 
-    def check(self, D=None, where=""):
-        check_tensor(f"{where}hidden text embeddings", self.hidden, (None, None, D))
-        rows = len(self.hidden)
-        check_tensor(f"{where}pooled text embeddings", self.pooled, (rows, 1, D))
-        require(rows % 2 == 0, f"text embeddings: expected an even number of rows, got {rows}")
+    def check(self):
+        check_tensor("text embeddings: hidden", self.hidden, (None, None, None))
+        check_tensor("text embeddings: pooled", self.pooled, (len(self.hidden), 1, None))
+        require(len(self.hidden) % 2 == 0, "text embeddings: expected an even number of rows")
 
 
 Prompts = str | list[str] | TextEmbeddings
 
 
 def append_zeros(conditional):
-    """Conditional rows, then as many unconditional rows of zeros."""
+    """Conditional rows, followed by as many unconditional rows of zeros."""
     return torch.cat([conditional, torch.zeros_like(conditional)])
 
 
 def skip_noise_of_prior(noise_generators, shape, prior_steps):
-    """diffusers runs both stages on one generator, so Stage B's noise begins after what Stage C drew from it: the first
-    latent, then once in every step. None: there was no Stage C."""
+    """In diffusers both stages draw from the same generator. Skip what Stage C drew from it: the initial noise, then once
+    per step. None: Stage C did not run."""
     if prior_steps is not None:
         check(prior_steps=prior_steps)
         for _ in range(1 + prior_steps):
@@ -100,10 +104,10 @@ def skip_noise_of_prior(noise_generators, shape, prior_steps):
 class Cascade:
     """The networks of one weights folder: original single files, diffusers folders, or both mixed.
 
-    lite            True for the lite versions of Stage C and B, "prior" or "decoder" for one of them
-    decoder_dtype   of Stage B and A, if it is not dtype
-    keep            keeps every network in memory after its turn
-    progress        shows progress bars
+    lite            True: the lite Stage C and Stage B; "prior" or "decoder": only one of them
+    decoder_dtype   dtype of Stage B and A (default: dtype)
+    keep            keep networks in memory instead of releasing them
+    progress        show progress bars
     """
     def __init__(self, folder: str | Path = TINY, device: Device = "cpu", dtype: Dtype = "fp32",
                  lite: bool | str = False, decoder_dtype: Dtype | None = None, keep: bool = False,
@@ -128,13 +132,13 @@ class Cascade:
                  variation_images: list | OneImage | Tensor | None = None,
                  init_image: OneImage | Tensor | None = None, strength: float = 0.8,
                  interval: tuple[float, float] = (0.0, 1.0), callback: Callable | None = None):
-        """Prompts -> images, `images` for each prompt; image i of all is drawn from the seed `seed + i`.
-        `prior` and `decode` explain the arguments."""
+        """Prompts -> images, `images` for each prompt; image i of the batch has the seed `seed + i`. See `prior`
+        and `decode` for the arguments."""
         check(decoder_steps=decoder_steps, output=output)
         if decoder_guidance is not None:
             check(decoder_guidance=decoder_guidance)
         for name in ("text_encoder", "stage_c", "stage_b", "stage_a"):
-            self.file(name)
+            self.file(name)  # a missing file is an error now, not after Stage C
         width, height = self.size(width, height)
         text = self.encode_prompt(prompts, negative)
         latents = self.prior(
@@ -155,40 +159,36 @@ class Cascade:
               interval: tuple[float, float] = (0.0, 1.0), callback: Callable | None = None) -> Tensor:
         """Stage C: prompts -> semantic latents (N, 16, Hc, Wc), fp32.
 
-        prompts             strings, or the TextEmbeddings made from them and their negative prompts
-        variation_images    reference images, or their embeddings (R, E)
+        prompts             strings, or TextEmbeddings, which include the negative prompts
+        variation_images    reference images, or their CLIP embeddings (R, E)
         init_image          image to image: start from this image, or from a semantic latent (1 or N, 16, Hc, Wc), noised
                             to t = strength; int(steps * strength) steps remain
         recipe, interval    see sampler.py
-        callback            called after every step with its number, from 1, and the predicted clean latents
+        callback            callback(step, x0) after every step, from 1; x0 is the predicted clean latent
         """
         check(steps=steps, guidance=guidance, images=images, strength=strength)
         check(recipe=recipe, interval=interval)
         width, height = self.size(width, height)
         text = self.encode_prompt(prompts, negative)
         N = images * len(text.pooled) // 2
-        seed = check_seeds(seed, N)
+        noise_generators = generators(check_seeds(seed, N), N)
         shape = (16, *semantic_sides(width, height))
         condition = {"clip_text": text.hidden.repeat_interleave(images, dim=0),  # (2 * N, L, D)
                      "clip_text_pooled": text.pooled.repeat_interleave(images, dim=0)}
         if variation_images is not None:
             embeddings = self.encode_image(variation_images)  # (R, E)
-            E = Weights(self.file("stage_c"))["clip_img_mapper.weight"][1]
-            check_tensor("variation_images: the embeddings", embeddings, (None, E))
             condition["clip_img"] = append_zeros(embeddings.expand(N, -1, -1))  # (2 * N, R, E)
-        start = {}
+        init = {}
         if init_image is not None:
             init_latent = self.encode_semantic(init_image, width, height)  # (1 or N, 16, Hc, Wc)
-            count = N if init_latent.shape[:1] == (N,) else 1
-            check_tensor("init_image: the latents", init_latent, (count, *shape))
-            start = {"init_latent": init_latent, "strength": strength}
+            count = len(init_latent)
+            require(count in (1, N), f"init_image: expected 1 or {N} latents, got {count}")
+            init = {"init_latent": init_latent, "strength": strength}
             steps = int(steps * strength)
             require(steps > 0, f"strength: {strength} leaves no step; expected more of either")
         recipe = replace(RECIPES[recipe], interval=tuple(interval))
-        unet, noise_generators = self.network("stage_c"), generators(seed, N)
-        text.check(unet.config.text_dim, f"{self.file('stage_c')}: ")
-        latents = sample(unet, shape, condition, steps, guidance, noise_generators, recipe, **start)
-        return self._last(latents, "stage_c", steps, recipe, callback)
+        return self._denoise("stage_c", shape, condition, steps, guidance, noise_generators, recipe,
+                             callback, **init)
 
     @torch.no_grad()
     def decode(self, latents: Tensor, prompts: Prompts = "", negative: str | list[str] = "", *,
@@ -197,30 +197,27 @@ class Cascade:
                output: str = "pil"):
         """Stage B and A: semantic latents (N, 16, Hc, Wc) -> N images of exactly width x height pixels.
 
-        prompts         the prompts of the latents, in the same order, or the TextEmbeddings made from them
-        width, height   42.67 times the latents' sides if None
-        guidance        the recipe's if None: 1.1 in the original one, else none
-        prior_steps     the noise continues where a prior of so many steps stopped; None: it starts afresh
-        output          "pil": a list of images; "np": (N, H, W, 3), "pt": (N, 3, H, W), fp32 in [0, 1]; "latent": Stage B's
+        prompts         the prompts of the latents, in the same order, or their TextEmbeddings
+        width, height   default: 42.67 times the latents' sides
+        guidance        default: the recipe's, 1.1 for "original", else none
+        prior_steps     Stage C's steps, whose noise is skipped, as in diffusers; None: skip nothing
+        output          "pil": a list of images; "np": (N, H, W, 3), "pt": (N, 3, H, W), fp32 in [0, 1]; "latent": the image
                         latents (N, 4, Hb, Wb)
         """
         width, height = self._decoded_size(latents, width, height)
         check(steps=steps, output=output, recipe=recipe)
         text = self.encode_prompt(prompts, negative)
-        N, images = len(latents), images_per_prompt(latents, len(text.pooled) // 2)
+        N, P = len(latents), len(text.pooled) // 2
+        require(N % P == 0, f"{N} latents for {P} prompts: expected a multiple of the prompts' number")
         recipe = replace(RECIPES[recipe], shift=RECIPES[recipe].decoder_shift)
         guidance = recipe.decoder_guidance if guidance is None else guidance
         check(guidance=guidance)
         noise_generators = generators(check_seeds(seed, N), N)
         skip_noise_of_prior(noise_generators, latents.shape[1:], prior_steps)
-        condition = {"clip_text_pooled": text.pooled.repeat_interleave(images, dim=0),  # (2 * N, 1, D)
+        condition = {"clip_text_pooled": text.pooled.repeat_interleave(N // P, dim=0),  # (2 * N, 1, D)
                      "effnet": append_zeros(latents)}  # (2 * N, 16, Hc, Wc)
         shape = (4, 2 * math.ceil(height / 8), 2 * math.ceil(width / 8))  # even, for Stage B's patches
-        unet = self.network("stage_b")
-        text.check(unet.config.text_dim, f"{self.file('stage_b')}: ")
-        latents = sample(unet, shape, condition, steps, guidance, noise_generators, recipe)
-        z = self._last(latents, "stage_b", steps, recipe)  # (N, 4, Hb, Wb)
-        del unet  # releases it before Stage A is loaded
+        z = self._denoise("stage_b", shape, condition, steps, guidance, noise_generators, recipe)
         if output == "latent":
             return z
         return to_output(self._decode_pixels(z)[:, :, :height, :width], output)
@@ -234,14 +231,26 @@ class Cascade:
         check_tensor("latents", latents, (None, 16, *semantic_sides(width, height)))
         return width, height
 
-    def _last(self, latents, name, steps, recipe, callback=None):
-        """Runs a sampler to its end -> the last latents."""
+    def _denoise(self, name, shape, condition, steps, guidance, noise_generators, recipe,
+                 callback=None, **init):
+        """Stage B or C: noise -> the last latents (N, *shape), fp32."""
+        require(callback is None or callable(callback), "callback: expected a function")
+        unet = self.network(name)
+        self._check_condition(name, unet.config, condition)
+        latents = sample(unet, shape, condition, steps, guidance, noise_generators, recipe, **init)
         progress = tqdm(latents, label(name), steps, disable=not self.progress)
         for i, (x, x0) in enumerate(progress, start=1):
             self.check_finite(name, x, f" after step {i} of {steps}")
             if callback:
                 callback(i, x0)
         return x0 if recipe.return_x0 else x
+
+    def _check_condition(self, name, config, condition):
+        """Do the embeddings have the widths that this network takes?"""
+        widths = {"clip_text": config.text_dim, "clip_text_pooled": config.text_dim,
+                  "clip_img": config.image_dim}
+        for key in condition.keys() & widths:
+            check_tensor(f"{self.file(name)}: {key}", condition[key], (None, None, widths[key]))
 
     def _decode_pixels(self, z):
         """Stage A, one image at a time: (N, 4, Hb, Wb) -> (N, 3, 4 * Hb, 4 * Wb) in [0, 1], fp32."""
@@ -251,10 +260,10 @@ class Cascade:
 
     @torch.no_grad()
     def encode_prompt(self, prompts: Prompts, negative: str | list[str] = "") -> TextEmbeddings:
-        """P prompts and their negative prompts, one for all or one for each. TextEmbeddings are returned
+        """Embeds P prompts and their negative prompts, one for all or one for each. TextEmbeddings are returned
         as they are."""
         if isinstance(prompts, TextEmbeddings):
-            require(negative == "", "negative: expected none beside TextEmbeddings, which hold it")
+            require(negative == "", "negative: expected none, as TextEmbeddings include it")
             prompts.check()
             return prompts.to(self.device)
         prompts = check_strings("prompts", prompts)
@@ -263,25 +272,33 @@ class Cascade:
             negative = negative * len(prompts)
         require(len(negative) == len(prompts),
                 f"negative: expected 1 or {len(prompts)} prompts, got {len(negative)}")
-        rows = list(dict.fromkeys(prompts + negative))  # without repetitions
         encoder = self.network("text_encoder")
-        tokenizer = text_encoder.Tokenizer(self.folder / "tokenizer", encoder.config.length)
-        end = encoder.config.end
-        require(tokenizer.end == end, f"{self.folder / 'tokenizer'}: expected {end} as the end token, "
-                f"as in the text encoder, got {tokenizer.end}; is it another model's tokenizer?")
-        ids, mask = tokenizer(rows)
+        tokenizer = self._tokenizer(encoder.config)
+        unique = list(dict.fromkeys(prompts + negative))
+        ids, mask = tokenizer(unique)
         require(ids.max() < encoder.config.vocabulary, f"{self.folder / 'tokenizer'}: expected "
                 f"ids below {encoder.config.vocabulary}, got {ids.max()}")
         hidden, pooled = encoder(ids.to(self.device), mask.to(self.device))
         self.check_finite("text_encoder", hidden)
         self.check_finite("text_encoder", pooled)
-        order = [rows.index(text) for text in prompts + negative]
+        order = [unique.index(text) for text in prompts + negative]
         return TextEmbeddings(hidden[order], pooled[order])
+
+    def _tokenizer(self, config):
+        tokenizer = self.kept.get("tokenizer")
+        if tokenizer is None:
+            tokenizer = text_encoder.Tokenizer(self.folder / "tokenizer", config.length)
+            require(tokenizer.end == config.end, f"{self.folder / 'tokenizer'}: expected the text "
+                    f"encoder's end token {config.end}, got {tokenizer.end}")
+        if self.keep:
+            self.kept["tokenizer"] = tokenizer
+        return tokenizer
 
     @torch.no_grad()
     def encode_image(self, images: list | OneImage | Tensor) -> Tensor:
         """CLIP embeddings (R, E) of reference images. Embeddings are returned as they are."""
         if torch.is_tensor(images):
+            check_tensor("variation_images", images, (None, None))
             return images
         images = list(images) if isinstance(images, (list, tuple)) else [images]
         require(images, "variation_images: expected at least one image")
@@ -297,9 +314,10 @@ class Cascade:
                         height: int | None = None) -> Tensor:
         """The semantic latent (1, 16, Hc, Wc), fp32, of an image that is resized and cropped to width x height. Latents
         are returned as they are."""
-        if torch.is_tensor(image):
-            return image
         width, height = self.size(width, height)
+        if torch.is_tensor(image):
+            check_tensor("init_image", image, (None, 16, *semantic_sides(width, height)))
+            return image
         image = ImageOps.fit(load_image(image), (width, height), Image.Resampling.BICUBIC)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255  # (1, 3, H, W)
         Hc, Wc = semantic_sides(width, height)
@@ -309,16 +327,15 @@ class Cascade:
         return self.check_finite("effnet_encoder", latent.float())
 
     def network(self, name: str) -> torch.nn.Module:
-        """A network by its name in NETWORKS, ready to run."""
+        """The network with this name in NETWORKS, ready to run."""
         check(network=name)
         network = self.kept.get(name)
         if network is None:
             network = model.load(self.file(name), self.device, self.dtypes[name], name, NETWORKS)
-            config = network.config
-            found = getattr(config, "latent_channels", 0), getattr(config, "semantic_channels", 0)
-            fits = found == CHANNELS.get(name, (0, 0))
-            require(fits, f"{self.file(name)}: expected (latent, semantic) channels "
-                    f"{CHANNELS.get(name)}, got {found}")
+            for field, channels in CHANNELS.items():
+                found = getattr(network.config, field, None)
+                require(found == channels.get(name), f"{self.file(name)}: expected {field} "
+                        f"{channels.get(name)}, got {found}")
         if self.keep:
             self.kept[name] = network
         return network
@@ -327,7 +344,7 @@ class Cascade:
         return find_file(self.folder, f"{name}_lite" if name in self.lite else name)
 
     def size(self, width: int | None, height: int | None) -> tuple[int, int]:
-        """Replaces None by the size that the Stage C file was trained for, if it says so, or by 1024."""
+        """Fills in None with the size in the Stage C file's metadata, which it was trained for, else with 1024."""
         if width is None or height is None:
             weights = Weights(self.file("stage_c"))
             with reading(weights.path, "a valid image size in the metadata"):
@@ -341,17 +358,17 @@ class Cascade:
 
     def check_finite(self, name, tensor, when=""):
         require(tensor.isfinite().all(),
-                f"{label(name)}: the output is not finite{when}; {self.file(name)} may be broken, "
-                f"or its numbers too large for {self.dtypes[name]}: try bf16 or fp32")
+                f"{label(name)}: the output is not finite{when}; {self.file(name)} may be damaged, or its "
+                f"numbers too large for {self.dtypes[name]}: try bf16 or fp32")
         return tensor
 
 
 # ---------------------------------------------------------------------------------------------------- checks and sizes
 LIMITS = {
-    "width": (64, 8192), "height": (64, 8192), "images": (1, 1000),
-    "seed": (0, 2 ** 32 - 1),                           # CPU generators use 32 bits
-    "steps": (1, 1000), "decoder_steps": (1, 1000), "prior_steps": (0, 1000),
-    "guidance": (0.0, 100.0), "decoder_guidance": (0.0, 100.0), "strength": (0.0, 1.0)}
+    "width": (int, 64, 8192), "height": (int, 64, 8192), "images": (int, 1, 1000),
+    "seed": (int, 0, 2 ** 32 - 1),                      # CPU generators use 32 bits
+    "steps": (int, 1, 1000), "decoder_steps": (int, 1, 1000), "prior_steps": (int, 0, 1000),
+    "guidance": (float, 0, 100), "decoder_guidance": (float, 0, 100), "strength": (float, 0, 1)}
 CHOICES = {"recipe": RECIPES, "output": OUTPUTS, "lite": LITE, "network": NETWORKS}
 
 
@@ -359,35 +376,25 @@ def check(**values):
     """Raises an error that names the first value that is not valid."""
     for name, value in values.items():
         if name.endswith("interval"):
-            valid = isinstance(value, (list, tuple)) and all(map(is_number, value))
+            expected = "two times from 0 to 1, the lower one first"
+            valid = isinstance(value, (list, tuple)) and all(isinstance(t, numbers.Real) for t in value)
             valid = valid and len(value) == 2 and 0 <= value[0] <= value[1] <= 1
         elif name in CHOICES:
+            expected = f"one of {', '.join(map(str, CHOICES[name]))}"
             valid = isinstance(value, (str, bool)) and value in CHOICES[name]
         else:
-            low, high = LIMITS[name]
-            kind = numbers.Real if isinstance(low, float) else numbers.Integral
-            valid = is_number(value, kind) and low <= value <= high
-        require(valid, f"{name}: expected {expected(name)}, got {value!r:.80}")
-
-
-def is_number(value, kind=numbers.Real):
-    return isinstance(value, kind) and not isinstance(value, bool)
-
-
-def expected(name):
-    if name.endswith("interval"):
-        return "two times from 0 to 1, the lower one first"
-    if name in CHOICES:
-        return f"one of {', '.join(map(str, CHOICES[name]))}"
-    low, high = LIMITS[name]
-    return f"{'a number' if isinstance(low, float) else 'an integer'} from {low} to {high}"
+            kind, low, high = LIMITS[name]
+            expected = f"{'an integer' if kind is int else 'a number'} from {low} to {high}"
+            valid = isinstance(value, numbers.Integral if kind is int else numbers.Real)
+            valid = valid and not isinstance(value, bool) and low <= value <= high
+        require(valid, f"{name}: expected {expected}, got {value!r:.80}")
 
 
 def check_seeds(first, count):
     check(seed=first)
     last = int(first) + count - 1
-    require(last <= LIMITS["seed"][1], f"seed: {count} images from {first} on need seeds up to "
-            f"{last}: expected {expected('seed')}")
+    limit = LIMITS["seed"][2]
+    require(last <= limit, f"seed: {count} images need seeds up to {last}, expected {limit} at most")
     return int(first)
 
 
@@ -396,7 +403,7 @@ def check_folder(folder):
         os.scandir(folder).close()
         return Path(folder)
     except (OSError, TypeError, ValueError) as error:
-        raise CascadeError(f"{folder}: this folder cannot be opened ({error})") from error
+        raise CascadeError(f"{folder}: cannot open this folder ({error})") from error
 
 
 def check_device(device):
@@ -405,7 +412,7 @@ def check_device(device):
         return torch.device(device)
     except Exception as error:  # each backend raises its own
         reason = str(error).split("\n")[0]
-        raise CascadeError(f"device: {device!r} cannot be used ({reason}); try cpu") from error
+        raise CascadeError(f"device: {device!r} is not available ({reason}); try cpu") from error
 
 
 def check_dtype(name, dtype, device):
@@ -432,7 +439,7 @@ def is_utf8(text):
 
 
 def check_tensor(name, tensor, shape):
-    """Finite floating-point numbers in this shape; None stands for any size."""
+    """Checks for finite floating-point values of this shape; None stands for any size."""
     kind = tensor.dtype if torch.is_tensor(tensor) else type(tensor).__name__
     is_float = torch.is_tensor(tensor) and tensor.is_floating_point()
     require(is_float, f"{name}: expected a floating-point tensor, got {kind}")
@@ -440,14 +447,7 @@ def check_tensor(name, tensor, shape):
     fits = fits and all(size in (None, found) for size, found in zip(shape, tensor.shape))
     sizes = ", ".join("any" if size is None else str(size) for size in shape)
     require(fits, f"{name}: expected the shape ({sizes}), got {tuple(tensor.shape)}")
-    require(tensor.isfinite().all(), f"{name}: expected finite numbers, got infinite ones or NaN")
-
-
-def images_per_prompt(latents, prompts):
-    images, rest = divmod(len(latents), prompts)
-    require(images > 0 and rest == 0, f"{len(latents)} latents for {prompts} prompts: expected a "
-            "multiple of the number of prompts")
-    return images
+    require(tensor.isfinite().all(), f"{name}: expected finite values, got NaN or infinity")
 
 
 def semantic_sides(width, height):
@@ -464,7 +464,7 @@ FOLDERS = {"stage_c": "prior", "stage_c_lite": "prior_lite", "stage_a": "vqgan",
 
 
 def find_file(folder, name):
-    """The file of a network: the original single file or the diffusers folder's, the plain one before the bf16 one."""
+    """The file of a network: the original single file or the diffusers folder's, fp32 before bf16."""
     places = [f"{name}/model"] if name in text_encoder.NETWORKS else [name]
     if name in FOLDERS:
         places.append(f"{FOLDERS[name]}/diffusion_pytorch_model")
@@ -473,19 +473,22 @@ def find_file(folder, name):
         if exists(path):
             return path
     files = " or ".join(f"{place}.safetensors" for place in places)
-    raise CascadeError(f"{folder}: {name} is missing (expected {files}, or one with .bf16 or _bf16);"
-                       " README, 'Official weights', says how to get it")
+    raise CascadeError(f"{folder}: {name} is missing (expected {files}, or with .bf16 or _bf16); see "
+                       "'Official weights' in README.md")
 
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
 
 def load_image(source: OneImage) -> Image.Image:
-    """A file in one of the IMAGE_FORMATS, or an image of pillow's -> RGB, upright, white where transparent."""
+    """Opens an image as RGB, with its EXIF rotation applied and transparency on white."""
     if isinstance(source, Image.Image):
-        return to_rgb(source)
+        try:
+            return to_rgb(source)
+        except (OSError, ValueError, SyntaxError) as error:
+            raise CascadeError(f"this PIL image cannot be read ({error})") from error
     is_path = isinstance(source, (str, Path))
-    require(is_path, f"expected an image or the name of its file, got {type(source).__name__}")
+    require(is_path, f"expected an image or a path, got {type(source).__name__}")
     kinds = ", ".join(IMAGE_FORMATS)
     with reading(source, f"an image ({kinds}) of less than 178 million pixels"):
         with Image.open(source, formats=IMAGE_FORMATS) as image:
@@ -496,14 +499,14 @@ def to_rgb(image):
     sixteen_bits = image.mode.startswith("I;16") or image.mode == "I" and image.format == "PNG"
     image = ImageOps.exif_transpose(image)
     width, height = image.size
-    require(max(width, height) <= 100 * min(width, height),
-            f"an image of {width} x {height} pixels: expected a ratio of 100 at most")
-    if sixteen_bits:                                    # per pixel, grey
+    require(0 < max(width, height) <= 100 * min(width, height),
+            f"an image of {width} x {height} pixels: expected an aspect ratio of 100 at most")
+    if sixteen_bits:                                    # greyscale
         grey = np.asarray(image)
         opaque = grey != image.info.get("transparency", -1)
         image = Image.fromarray((grey / 257).round().astype(np.uint8)).convert("RGB")
         image.putalpha(Image.fromarray(np.uint8(opaque * 255)))
-    require(image.mode not in ("I", "F"), "an image of 32-bit numbers: expected 8 or 16 bits each")
+    require(image.mode not in ("I", "F"), "a 32-bit image: expected 8 or 16 bits per channel")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -511,12 +514,12 @@ def to_rgb(image):
 
 
 def to_pillow(pixels: np.ndarray) -> Image.Image:
-    """(H, W, 3) in [0, 1] -> an image of pillow's."""
+    """(H, W, 3) in [0, 1] -> a PIL image."""
     return Image.fromarray((pixels * 255).round().astype(np.uint8))
 
 
 def to_output(pixels, output):
-    """Pixels (N, 3, H, W) in the form that `Cascade.decode` was asked for."""
+    """Pixels (N, 3, H, W) -> the type of output that was asked for."""
     if output == "pt":
         return pixels
     array = pixels.permute(0, 2, 3, 1).cpu().numpy()  # (N, H, W, 3)
@@ -524,7 +527,7 @@ def to_output(pixels, output):
 
 
 def png(image, texts):
-    """An image as the bytes of a PNG that says what it was made with."""
+    """The bytes of a PNG with these texts as metadata."""
     file, info = io.BytesIO(), PngInfo()
     for name, text in texts.items():
         info.add_itxt(name, text)
@@ -533,7 +536,7 @@ def png(image, texts):
 
 
 def write_file(path: Path, data: bytes):
-    """All or nothing: written to a new file in the same folder, which then takes the name."""
+    """Writes all or nothing: to a new file in the same folder, which is then renamed."""
     part = path.with_name(f".{uuid.uuid4().hex}.part")
     try:
         with open(part, "xb") as file:
@@ -550,14 +553,14 @@ SETUP = {"output", "weights", "lite", "device", "dtype", "traceback"}
 STAGE_C = {"negative", "width", "height", "images", "seed", "steps", "guidance", "recipe", "lite_prior",
            "guidance_interval", "variation_image", "init_image", "strength"}
 STAGE_B = {"decoder_steps", "decoder_guidance", "decoder_dtype", "lite_decoder"}
-MODES = {                                               # the options that each mode uses; it refuses the others
+MODES = {                                               # the options of each mode; it refuses the others
     "prompts": SETUP | STAGE_C | STAGE_B | {"prompts", "previews"},
     "prompt_file": SETUP | STAGE_C | STAGE_B | {"prompt_file", "overwrite"},
     "latents": SETUP | STAGE_B | {"latents"},
     "reconstruct": SETUP | STAGE_B | {"reconstruct", "width", "height", "seed", "recipe"}}
 DEFAULTS = {"negative": "", "images": 1, "seed": 0, "steps": 20, "guidance": 4.0, "recipe": "diffusers",
             "guidance_interval": [0.0, 1.0], "strength": 0.8, "decoder_steps": 10}
-CHUNK = 100                                             # prompts of a file that go from text to image together
+CHUNK = 100                                             # prompts of a file that pass through each stage together
 
 
 class Parser(argparse.ArgumentParser):
@@ -566,67 +569,70 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(name):
-    """The type of an option with a limit."""
+    """The argparse type of an option in LIMITS."""
     def convert(text):
         try:
-            value = type(LIMITS[name][0])(text)
+            value = LIMITS[name][0](text)
+        except ValueError:
+            value = text
+        try:
             check(**{name: value})
-        except (ValueError, CascadeError) as error:
-            raise argparse.ArgumentTypeError(f"expected {expected(name)}, got {text}") from error
+        except CascadeError as error:
+            raise argparse.ArgumentTypeError(str(error).removeprefix(f"{name}: ")) from error
         return value
     return convert
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """An option that was not given is None."""
+    """Options that are not given are None."""
     parser = Parser(description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("prompts", nargs="*", metavar="PROMPT", help="what to draw; one image for each")
+    add("prompts", nargs="*", metavar="PROMPT", help="what to draw; one image for each prompt")
     add("-o", "--output", default="image.png", type=Path, metavar="FILE",
         help=".png, or .safetensors for latents")
     add("--prompt-file", metavar="FILE", help="one prompt per line; existing images are skipped")
-    add("--overwrite", action="store_true", default=None, help="replace images of other prompts")
+    add("--overwrite", action="store_true", default=None, help="replace images with other settings")
     add("--latents", metavar="FILE", help="decode these saved semantic latents")
-    add("--variation-image", action="append", metavar="FILE", help="a reference image (repeat)")
+    add("--variation-image", action="append", metavar="FILE", help="reference image (repeatable)")
     add("--init-image", metavar="FILE", help="image to image: the image to start from")
     add("--strength", type=number("strength"), help="how much --init-image changes (default: 0.8)")
-    add("--reconstruct", metavar="FILE", help="an image to encode to a semantic latent and back")
-    add("--previews", type=Path, metavar="FOLDER", help="save what Stage C predicts, every step")
-    add("--negative", metavar="TEXT", help="the negative prompt: what not to draw (needs guidance)")
-    add("--width", type=number("width"), help="in pixels (default: as the weights were trained)")
-    add("--height", type=number("height"), help="in pixels (default: as the weights were trained)")
+    add("--reconstruct", metavar="FILE", help="encode this image to a semantic latent, then decode")
+    add("--previews", type=Path, metavar="FOLDER", help="save Stage C's prediction at each step")
+    add("--negative", metavar="TEXT", help="negative prompt: what not to draw (needs guidance)")
+    add("--width", type=number("width"), help="in pixels (default: the size trained for)")
+    add("--height", type=number("height"), help="in pixels (default: the size trained for)")
     add("--images", type=number("images"), help="images per prompt (default: 1)")
-    add("--seed", type=number("seed"), help="of the first image; then 1 more each (default: 0)")
-    add("--steps", type=number("steps"), help="of Stage C (default: 20)")
-    add("--guidance", type=number("guidance"), help="scale for Stage C; up to 1: none (default: 4)")
+    add("--seed", type=number("seed"), help="of the first image; image i has seed + i (default: 0)")
+    add("--steps", type=number("steps"), help="denoising steps of Stage C (default: 20)")
+    add("--guidance", type=number("guidance"), help="guidance scale; up to 1: none (default: 4)")
     add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
-        help="the times, 1 noise and 0 image, at which guidance is applied (default: 0 1)")
+        help="apply guidance only at times from LOW to HIGH; 1 is pure noise (default: 0 1)")
     add("--decoder-steps", type=number("decoder_steps"), help="of Stage B (default: 10)")
     add("--decoder-guidance", type=number("decoder_guidance"),
-        help="scale for Stage B (default: none; in the original recipe 1.1)")
-    add("--recipe", choices=RECIPES, help="how to sample, see sampler.py (default: diffusers)")
+        help="guidance scale of Stage B (default: none; 1.1 for --recipe original)")
+    add("--recipe", choices=RECIPES, help="sampling recipe, see sampler.py (default: diffusers)")
     add("--weights", type=Path, default=TINY, metavar="FOLDER", help="(default: weights/tiny)")
     lite = parser.add_mutually_exclusive_group().add_argument
     lite("--lite", action="store_true", help="the lite versions of Stage C and Stage B")
     lite("--lite-prior", action="store_true", default=None, help="the lite version of Stage C")
     lite("--lite-decoder", action="store_true", default=None, help="the lite version of Stage B")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", default=device, help="(default: %(default)s)")
+    add("--device", default=device, help="torch device (default: %(default)s)")
     add("--dtype", default="fp32", choices=DTYPES, help="of the weights (default: %(default)s)")
     add("--decoder-dtype", choices=DTYPES, help="of Stage B and A (default: as --dtype)")
-    add("--traceback", action="store_true", help="show where an error comes from")
+    add("--traceback", action="store_true", help="print the traceback of an error")
     return parser.parse_intermixed_args(arguments)
 
 
 def settle(options):
-    """Finds the mode, refuses the options that it does not use and fills in the defaults of those that it does."""
+    """Finds the mode, refuses options that it does not use, and fills in its defaults."""
     options.prompts = options.prompts or None
     modes = [name for name in MODES if getattr(options, name) is not None]
     if not modes and (options.variation_image or options.init_image):
         modes, options.prompts = ["prompts"], [""]
-    require(len(modes) == 1, "expected one of: prompts, --prompt-file, --latents, --reconstruct, "
-            f"--variation-image, --init-image; got {' and '.join(map(option, modes)) or 'none'}")
+    require(len(modes) == 1, "expected exactly one of: prompts, --prompt-file, --latents, --reconstruct"
+            f", --variation-image, --init-image; got {' and '.join(map(option, modes)) or 'none'}")
     mode, used = modes[0], MODES[modes[0]]
     require(options.init_image or options.strength is None, "--strength: needs --init-image")
     if not options.init_image:
@@ -634,16 +640,19 @@ def settle(options):
     latents_only = options.output.suffix == ".safetensors"
     if latents_only:
         used = used - STAGE_B
-    where = "if only latents are saved" if latents_only else f"with {option(mode)}"
+    where = "when only latents are saved" if latents_only else f"with {option(mode)}"
     for name, value in vars(options).items():
         require(value is None or name in used, f"{option(name)}: not used {where}")
-        require(value != "" or name == "negative", f"{option(name)}: expected a value, got none")
+        empty = value in ("", [""]) and name not in ("negative", "prompts")
+        require(not empty, f"{option(name)}: expected a value, got none")
         if value is None and name in used:
             setattr(options, name, DEFAULTS.get(name))
     if options.guidance_interval:
         check(**{"--guidance-interval": options.guidance_interval})
     if options.decoder_guidance is None and options.recipe and not latents_only:
         options.decoder_guidance = RECIPES[options.recipe].decoder_guidance
+    guided = max(options.guidance or 0, options.decoder_guidance or 0) > 1
+    require(guided or not options.negative, "--negative: needs a guidance scale above 1")
     endings = (".png",) if mode in ("latents", "prompt_file") else (".png", ".safetensors")
     require(options.output.suffix in endings,
             f"--output: expected a name that ends in {' or '.join(endings)}, got {options.output}")
@@ -656,74 +665,65 @@ def option(name):
 
 @dataclass(frozen=True)
 class Record:
-    """What a run was made with, by the names of the options; None is what it did not use. It is written into images and
-    latents, and read back from latents."""
-    prompts: list[str]
+    """The settings of a run, named as the options; None where unused. Saved in images and in latents, and read back from
+    latents."""
+    prompts: list
     negative: str | None
     width: int
     height: int
-    images: int | None
+    images: int
     seed: int
     recipe: str
     steps: int | None
     guidance: float | None
-    guidance_interval: list[float] | None
-    variation_image: list[str] | None                   # names of files
+    guidance_interval: list | None
+    variation_image: list | None                        # file names
     init_image: str | None
     strength: float | None
     reconstruct: str | None
     decoder_steps: int | None
     decoder_guidance: float | None
-    networks: dict[str, str]                            # name -> file, device and type
+    networks: dict                                      # name -> file, device, type
     version: int = 2
 
     @staticmethod
     def read(path, text):
         with reading(path, "latents that this version of cascade.py saved"):
             values = json.loads(text)
-            found = values.get("version") if isinstance(values, dict) else None
-            require(found == Record.version, f"expected version {Record.version}, got {found!r:.80}")
+            version = values["version"]
+            require(version == 2, f"expected version 2, got {version!r:.80}")
+            require(is_utf8(json.dumps(values, ensure_ascii=False)), "expected UTF-8")
             record = Record(**values)
-            for field in fields(Record):
-                value = getattr(record, field.name)
-                require(has_type(value, field.type),
-                        f"{field.name}: expected {field.type}, got {value!r:.80}")
-                if value is not None and field.name in (*LIMITS, *CHOICES, "guidance_interval"):
-                    check(**{field.name: value})
+            for name, kind in get_type_hints(Record).items():
+                value = getattr(record, name)
+                require(isinstance(value, kind), f"{name}: expected {kind}, got {value!r:.80}")
+                if value is not None and name in (*LIMITS, *CHOICES, "guidance_interval"):
+                    check(**{name: value})
             check_strings("prompts", record.prompts)
-            check(images=record.images)
+            names = [*(record.variation_image or []), *record.networks.values()]
+            require(all(isinstance(name, str) for name in names), "expected the names of files")
             return record
 
     @property
     def prior_steps(self):
         """How many steps Stage C ran; None if it did not run."""
-        return self.steps if self.strength is None else int(self.steps * self.strength)
+        if self.steps is None or self.strength is None:
+            return self.steps
+        return int(self.steps * self.strength)
 
     def texts(self, i):
-        """What image i says of itself."""
-        own = replace(self, prompts=self.prompts[i // self.images], seed=self.seed + i, images=None)
-        return {name: str(value) for name, value in asdict(own).items() if value is not None}
-
-
-def has_type(value, kind):
-    """Whether a value read from JSON has a type like `list[str] | None`."""
-    if isinstance(kind, types.UnionType):
-        return any(has_type(value, one) for one in kind.__args__)
-    if isinstance(kind, types.GenericAlias):
-        parts = [*value, *value.values()] if isinstance(value, dict) else value
-        is_outer = isinstance(value, kind.__origin__)
-        return is_outer and all(has_type(part, kind.__args__[-1]) for part in parts)
-    if kind is str:
-        return isinstance(value, str) and is_utf8(value)
-    return type(value) is kind or kind is float and type(value) is int
+        """The PNG metadata of image i."""
+        own = asdict(self)
+        own |= {"prompts": self.prompts[i // self.images], "seed": self.seed + i, "images": None}
+        return {name: str(value) for name, value in own.items() if value is not None}
 
 
 @dataclass
 class Job:
-    """The images of one record, which are drawn together, and their files."""
+    """The images of one record, which are generated together, and their files."""
     record: Record
     outputs: list[Path]
-    latents: Tensor | None = None                       # if they need not be generated
+    latents: Tensor | None = None                       # given with --latents
 
 
 def run(options):
@@ -743,20 +743,20 @@ def run(options):
 
 
 def torchrun_rank(mode):
-    """torchrun starts several processes and numbers them; each draws its share of a prompt file."""
+    """Under torchrun each process draws its share of a prompt file."""
     rank, world = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
     if rank is None and world is None:
         return 0, 1
     valid = all(text and text.isdecimal() and len(text) < 9 for text in (rank, world))
     valid = valid and int(rank) < int(world)
-    require(valid, f"expected RANK and WORLD_SIZE, or neither, with 0 <= {rank} < {world}")
+    require(valid, f"RANK={rank}, WORLD_SIZE={world}: expected both or neither, the first smaller")
     require(mode == "prompt_file" or int(rank) == 0,
             f"RANK={rank}: several processes can only share a --prompt-file")
     return int(rank), int(world)
 
 
 def describe(cascade, names):
-    """File, device and type of networks; a missing file is an error."""
+    """File, device and type of each network; a missing file is an error."""
     networks = {}
     for name in names:
         file = cascade.file(name).relative_to(cascade.folder).as_posix()
@@ -765,11 +765,16 @@ def describe(cascade, names):
 
 
 def plan(options, mode, cascade):
-    names = ["text_encoder"]
-    names += [] if options.reconstruct else ["stage_c"]
-    names += ["image_encoder"] if options.variation_image else []
-    names += ["effnet_encoder"] if options.init_image or options.reconstruct else []
-    names += ["stage_b", "stage_a"] if options.output.suffix == ".png" else []
+    """The jobs of a run that starts from prompts or images."""
+    names = ["text_encoder", "effnet_encoder" if options.reconstruct else "stage_c"]
+    if options.variation_image:
+        names.append("image_encoder")
+    if options.init_image:
+        names.append("effnet_encoder")
+    if options.output.suffix == ".png":
+        names += ["stage_b", "stage_a"]
+    if options.previews:
+        cascade.file("previewer")
     names_of_fields = [field.name for field in fields(Record)]
     values = {name: value for name, value in vars(options).items() if name in names_of_fields}
     values["width"], values["height"] = cascade.size(options.width, options.height)
@@ -787,7 +792,7 @@ def plan(options, mode, cascade):
     jobs = []
     for i, prompt in enumerate(read_prompts(options.prompt_file)):
         first = i * base.images
-        if prompt:                                      # an empty line draws nothing and keeps its numbers
+        if prompt:                                      # empty lines are skipped but keep their numbers
             record = replace(base, prompts=[prompt], seed=base.seed + first)
             paths = output_paths(options.output, first, base.images, numbered=True)
             jobs.append(Job(record, paths))
@@ -796,6 +801,7 @@ def plan(options, mode, cascade):
 
 
 def plan_latents(options, cascade):
+    """The job of a run that starts from saved latents."""
     weights = Weights(options.latents)
     record = Record.read(options.latents, weights.metadata.get("cascade", "null"))
     latents = weights.tensor("latents")
@@ -826,42 +832,42 @@ def output_paths(path, first, count, numbered=False):
 
 
 def check_outputs(options, paths):
-    """Refuses, before the work, what could not be written after it, and what would be lost."""
+    """Refuses, before the work, what could not be written after it or would overwrite something else."""
     inputs = [options.prompt_file, options.latents, options.init_image, options.reconstruct]
-    inputs = [Path(path).resolve() for path in inputs + (options.variation_image or []) if path]
+    inputs = [os.path.realpath(path) for path in inputs + (options.variation_image or []) if path]
     if options.previews:
         paths = paths + [preview_path(options.previews, i + 1) for i in range(options.steps)]
     require(len(set(paths)) == len(paths), f"{options.output}: is also one of the --previews")
     for path in paths:
-        folder = path.absolute().parent
-        require(folder.is_dir() and os.access(folder, os.W_OK),
-                f"{path}: cannot be written; is its folder there, and yours to write to?")
-        found = exists(path)
-        require(not found or path.is_file(), f"{path}: cannot be written; it is a folder or alike")
-        require(path.resolve() not in inputs, f"{path}: is an input; expected another output")
+        folder, found = os.path.dirname(os.path.abspath(path)), exists(path)
+        writable = os.path.isdir(folder) and os.access(folder, os.W_OK)
+        require(writable, f"{path}: cannot be written; does its folder exist, and is it writable?")
+        require(not found or os.path.isfile(path), f"{path}: cannot be written; it is not a file")
+        require(os.path.realpath(path) not in inputs, f"{path}: is an input; expected another name")
         if found and path.suffix == ".safetensors":
             is_ours = "cascade" in Weights(path).metadata
-            require(is_ours, f"{path}: holds no latents but other tensors; expected another output")
+            require(is_ours, f"{path}: exists and holds other tensors than latents")
 
 
 def remaining(options, jobs, rank, world):
-    """This process's share of a prompt file, without the jobs whose images exist."""
+    """This process's share of a prompt file, without the jobs whose images exist already."""
     share = jobs[rank::world]
     if world > 1:
         say(f"rank {rank} of {world}: {len(share)} of {len(jobs)} prompts")
     missing = []
     for job in share:
-        texts = map(job.record.texts, range(len(job.outputs)))
-        done = [is_done(*image, options.overwrite) for image in zip(job.outputs, texts)]
+        done = []
+        for i, path in enumerate(job.outputs):
+            done.append(is_done(path, job.record.texts(i), options.overwrite))
         if not all(done):
             missing.append(job)
     if share and not missing:
-        say(f"every image of {options.prompt_file} exists already")
+        say(f"all images of {options.prompt_file} exist already")
     return missing
 
 
 def is_done(path, texts, overwrite):
-    """Whether this image exists, complete and with the same record."""
+    """Whether this image exists, complete and with the same metadata."""
     if not exists(path):
         return False
     with suppress(CascadeError), reading(path, "a PNG"):
@@ -869,12 +875,12 @@ def is_done(path, texts, overwrite):
             image.load()
             if image.text == texts:
                 return True
-    require(overwrite, f"{path}: exists, but is not this run's image; --overwrite replaces it")
+    require(overwrite, f"{path}: exists with other settings; use --overwrite to replace it")
     return False
 
 
 def draw(options, cascade, jobs):
-    """From text to images; with `keep`, each network is loaded once for all jobs."""
+    """Runs each stage for all jobs, so that each network is loaded once."""
     texts = []
     for job in jobs:
         text = cascade.encode_prompt(job.record.prompts, job.record.negative or "")
@@ -904,7 +910,7 @@ def generate_latents(options, cascade, record, text, callback):
         text, width=record.width, height=record.height, images=record.images, seed=record.seed,
         steps=record.steps, guidance=record.guidance, recipe=record.recipe,
         variation_images=options.variation_image, init_image=options.init_image,
-        strength=options.strength or 0.0, interval=record.guidance_interval, callback=callback)
+        strength=record.strength or 0.0, interval=record.guidance_interval, callback=callback)
 
 
 def decode_images(cascade, job, text):
@@ -919,7 +925,7 @@ def decode_images(cascade, job, text):
 
 
 def save_previews(folder, cascade):
-    """The callback that saves the predicted clean latents of every step as small images side by side."""
+    """A callback that saves the predicted clean latents of each step, as small images side by side."""
     previewer = cascade.network("previewer")
 
     def callback(step, x0):
@@ -940,13 +946,13 @@ def print_psnr(path, image, latents):
     original = ImageOps.fit(load_image(path), (width, height), Image.Resampling.BICUBIC)
     error = ((image - np.asarray(original) / 255) ** 2).mean()
     factor = image.size / latents.numel()
-    print(f"{image.size} numbers -> {latents.numel()}, {factor:.0f} times fewer -> image; "
-          f"PSNR {-10 * math.log10(error + 1e-12):.1f} dB")
+    print(f"{image.size} pixel values -> {latents.numel()} latent values, {factor:.0f} times fewer "
+          f"-> image, PSNR {-10 * math.log10(error + 1e-12):.1f} dB")
 
 
 # ---------------------------------------------------------------------------------------------------- the process
 class Unbreakable:
-    """A stream whose failure, or absence, costs no image."""
+    """A stream whose write errors are ignored: a closed pipe must not cost an image."""
     def __init__(self, stream):
         self.stream = stream
 
@@ -963,15 +969,15 @@ class Unbreakable:
 
 
 def tune_process():
-    """glibc returns large blocks to the system when they are freed, and gets them back page by page. A process that only
-    draws is faster if it keeps them: by a tenth to a third on a CPU (tests/porting/PERFORMANCE.md)."""
+    """Keeps freed memory. glibc returns large blocks to the system and gets them back page by page, which costs 8 to 29 %
+    of a stage's time on a CPU (tests/porting/PERFORMANCE.md)."""
     with suppress(AttributeError, OSError, TypeError):  # other C libraries have no mallopt
         for option in (-1, -3):                         # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
             ctypes.CDLL(None).mallopt(option, 2 ** 30)
 
 
 def say(text):
-    """One line on stderr, without control characters."""
+    """Prints one line to stderr, with control characters escaped."""
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
     print(f"cascade.py: {text}", file=sys.stderr)
 
@@ -981,7 +987,7 @@ def terminate(*_):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit status: 0, or 2, 130 or 143 after one line that says what happened."""
+    """Returns the exit status: 0, or after one line on stderr 2 (error), 130 (interrupted) or 143 (terminated)."""
     arguments = sys.argv[1:] if arguments is None else arguments
     stdout, stderr = Unbreakable(sys.stdout), Unbreakable(sys.stderr)
     with redirect_stdout(stdout), redirect_stderr(stderr), warnings.catch_warnings():
@@ -1010,5 +1016,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     tune_process()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, terminate)
     sys.exit(main())

@@ -673,7 +673,8 @@ def unet_config(weights: Weights) -> UNetConfig:
     is_stage_b = "effnet_mapper.0.weight" in weights
     pooled = weights["clip_mapper.weight" if is_stage_b else "clip_txt_pooled_mapper.weight"]  # 4 * c_cond, D
     patch_size = 2 if is_stage_b else 1  # cannot be read off the tensors
-    weights.setting("switch_level", None, lambda value: not value or isinstance(value, list) and not any(value),
+    weights.setting("switch_level", None,
+                    lambda value: not value or isinstance(value, list) and not any(value),
                     "false for every level: no official Stage C switches resolution")
 
     def letters(level):
@@ -690,21 +691,23 @@ def unet_config(weights: Weights) -> UNetConfig:
             else:
                 return found
 
-    widths, down, up, down_repeat, up_repeat = [], [], [], [], []
-    for i, shape in enumerate(weights.series("down_blocks.{}.0.depthwise.weight")):
-        widths.append(shape[0])
-        down.append(letters(f"down_blocks.{i}"))
-        up.append(letters(f"up_blocks.{i}"))
-        down_repeat.append(1 + len(weights.series(f"down_repeat_mappers.{i}.{{}}.weight")))
-        up_repeat.append(1 + len(weights.series(f"up_repeat_mappers.{i}.{{}}.weight")))
+    def repeats(mappers):
+        return 1 + len(weights.series(mappers + ".{}.weight"))
+
+    widths = [shape[0] for shape in weights.series("down_blocks.{}.0.depthwise.weight")]
+    levels = range(len(widths))
     names = " ".join(weights)
-    time_conditions = tuple(name for name in ("sca", "crp") if f".mapper_{name}." in names)
     return UNetConfig(
-        widths=tuple(widths), down=tuple(down), up=tuple(up),
-        down_repeat=tuple(down_repeat), up_repeat=tuple(up_repeat),
+        widths=tuple(widths),
+        down=tuple(letters(f"down_blocks.{i}") for i in levels),
+        up=tuple(letters(f"up_blocks.{i}") for i in levels),
+        down_repeat=tuple(repeats(f"down_repeat_mappers.{i}") for i in levels),
+        up_repeat=tuple(repeats(f"up_repeat_mappers.{i}") for i in levels),
         c_cond=pooled[0] // CLIP_TOKENS,
-        latent_channels=weights["embedding.1.weight"][1] // patch_size ** 2, patch_size=patch_size,
-        time_conditions=time_conditions, text_dim=pooled[1],
+        latent_channels=weights["embedding.1.weight"][1] // patch_size ** 2,
+        patch_size=patch_size,
+        time_conditions=tuple(name for name in ("sca", "crp") if f".mapper_{name}." in names),
+        text_dim=pooled[1],
         image_dim=0 if is_stage_b else weights["clip_img_mapper.weight"][1],
         semantic_channels=weights["effnet_mapper.0.weight"][1] if is_stage_b else 0)
 

@@ -1,7 +1,5 @@
 """Runs cascade.py within the process of a test, and watches what it loads, says and writes."""
 import io
-import os
-import shutil
 import weakref
 from contextlib import redirect_stderr
 from pathlib import Path
@@ -14,7 +12,7 @@ import model
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--width", "64", "--height", "64"]
-FEW = ["--steps", "1", "--decoder-steps", "1", *SMALL]
+FEW = ["--steps", "2", "--decoder-steps", "1", *SMALL]
 
 
 def command(*arguments, status=0):
@@ -27,12 +25,11 @@ def command(*arguments, status=0):
     return lines
 
 
-def refused(place, *arguments):
-    """The one line with which the command refuses; in the folder `place` nothing has changed."""
-    before = contents(place)
+def refused(arguments, *texts):
+    """The command refuses in one line with these texts, and changes nothing in the working directory."""
+    before = contents(".")
     (line,) = command(*arguments, status=2)
-    assert contents(place) == before
-    return line
+    assert all(text in line for text in texts) and contents(".") == before, line
 
 
 def contents(place):
@@ -40,14 +37,13 @@ def contents(place):
     return {path: path.read_bytes() if path.is_file() else None for path in Path(place).rglob("*")}
 
 
-def changed_copy(folder, place, name, change, metadata=None):
-    """A copy of a weights folder in which the tensors {name: tensor} of one network are changed."""
-    copy = shutil.copytree(folder, place / "weights", copy_function=os.link)
-    tensors = load_file(copy / file_name(name))
+def change_tensors(weights, name, change, metadata=None):
+    """Changes the tensors {name: tensor} of one network in the fixture `weights`."""
+    path = weights / file_name(name)
+    tensors = load_file(path)
     change(tensors)
-    (copy / file_name(name)).unlink()  # it was a link
-    save(tensors, copy / file_name(name), dtype=None, metadata=metadata)
-    return copy
+    path.unlink()  # it is a link
+    save(tensors, path, dtype=None, metadata=metadata)
 
 
 def count_networks(monkeypatch):

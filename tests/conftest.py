@@ -1,4 +1,5 @@
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = map(str, (ROOT, ROOT / "weights", ROOT / "tests", ROOT / "tests" / "porting"))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: for tiny networks threads only cost time
 
+from PIL import Image
 from tiny import write_folder
 
 from cascade import Cascade
@@ -25,3 +27,17 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pipeline(folder):
     return Cascade(folder, keep=True)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A working directory with an image in it."""
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (64, 64), "red").save("a.png")
+    return tmp_path
+
+
+@pytest.fixture
+def weights(folder, place):
+    """A copy of the weights folder, whose files may be replaced, but not written to: they are links."""
+    return shutil.copytree(folder, place / "weights", copy_function=os.link)

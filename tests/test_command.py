@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import warnings
 
 import pytest
@@ -243,8 +242,10 @@ def test_the_shell_sees_one_line_and_exit_status_2(place):
 def test_a_signal_ends_the_run_in_one_line_and_leaves_nothing(place, folder, number, status, word):
     before = contents(place)
     process = start("a star", "--steps", 1000, "--weights", folder, "-o", "b.png")
-    while "Stage C" not in process.stderr.read(20):
-        time.sleep(0.01)
+    shown = ""
+    while "Stage C" not in shown:
+        shown += process.stderr.read(1)
+        assert process.poll() is None, shown
     process.send_signal(number)
     _, error = process.communicate()
     assert process.returncode == status and "Traceback" not in error

@@ -21,17 +21,14 @@ SHAPES = pytest.mark.parametrize("shape", [(2, 5, 900, 1000), (1, 2, 1500, 1504)
 
 
 @SHAPES
-def test_attention_by_head_is_pytorchs(shape):
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_by_head_is_pytorchs(shape, masked):
     q, k, v = qkv(*shape)
-    assert relative_error(model.attention_by_head(q, k, v), F.scaled_dot_product_attention(q, k, v)) < 1e-6
-
-
-def test_attention_by_head_takes_a_mask():
-    q, k, v = qkv(2, 5, 1000, 1000)
-    visible = torch.ones(1000, 1000).tril().bool() & (torch.arange(1000) % 3 > 0) | torch.eye(1000).bool()
-    mask = torch.where(visible.expand(2, 1, -1, -1), 0.0, -torch.inf)
+    mask = torch.zeros(shape[0], 1, *shape[2:])
+    if masked:
+        mask[:, :, :, ::3] = -torch.inf
     theirs = F.scaled_dot_product_attention(q, k, v, mask)
-    assert relative_error(model.attention_by_head(q, k, v, mask), theirs) < 1e-6
+    assert relative_error(model.attention_by_head(q, k, v, mask if masked else None), theirs) < 1e-6
 
 
 @SHAPES
@@ -63,10 +60,6 @@ def test_grn_learns_where_a_channel_is_zero():
     assert x.grad.isfinite().all() and norm.gamma.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("error", [AttributeError, OSError, TypeError])
-def test_other_c_libraries_are_left_alone(monkeypatch, error):
-    def load_library(name):
-        raise error
-
-    monkeypatch.setattr(ctypes, "CDLL", load_library)
+def test_other_c_libraries_are_left_alone(monkeypatch):
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: None)  # it has no mallopt
     cascade.tune_process()

@@ -23,15 +23,12 @@ def test_the_schedule_is_what_the_sampler_gives():
     assert page == with_section(page, "schedule", operators.schedule()), OUTDATED
 
 
-@pytest.mark.parametrize("steps", [20, 10])
-def test_a_step_in_fp32_is_what_its_row_of_the_schedule_says(steps):
-    torch.manual_seed(0)
-    _, *tables = operators.schedule().split("| i |")
-    rows = [line.split("|")[1:-1] for line in tables[steps == 10].splitlines() if line.count("|") == 7]
-    rows = [[float(cell) for cell in row] for row in rows if row[0].strip().isdigit() and row[-1].strip()]
+@pytest.mark.parametrize("table, steps", [(1, 20), (2, 10)])
+def test_a_step_in_fp32_is_what_its_row_of_the_schedule_says(table, steps):
+    lines = operators.schedule().split("| i |")[table].splitlines()[2:2 + steps]
     a, t = alpha_bar(timesteps(steps)), timesteps(steps)
-    assert len(rows) == steps
-    for i, (_, t_row, a_row, X, E, N) in enumerate(rows):
+    for i, line in enumerate(lines):
+        _, t_row, a_row, X, E, N = map(float, line.split("|")[1:-1])
         x, eps, noise = torch.randn(3, 1000)
         stepped = ddpm(x, eps, noise * (i < steps - 1), a[i], a[i + 1])
         assert abs(t[i] - t_row) < 1e-7 and abs(a[i] - a_row) < 1e-6
@@ -59,8 +56,7 @@ def test_the_flops_are_those_that_pytorch_counts(title):
 
 
 def test_the_peak_counts_the_storages_that_are_alive():
-    record = operators.Record()
-    with torch.inference_mode(), record:
+    with torch.inference_mode(), operators.Record() as record:
         x = torch.empty(1000, device="meta")            # 4000 bytes
         y = (x + 1)[:10]                                # 8000: the slice holds all of them
         del x                                           # 4000
@@ -73,10 +69,7 @@ def test_the_peak_counts_the_storages_that_are_alive():
     ("", lambda x: F.gelu(x, approximate="tanh")),
     ("corners aligned", lambda x: F.interpolate(x, (9, 9), mode="bilinear", align_corners=True)),
     ("", lambda x: F.interpolate(x, (9, 9), mode="bilinear", align_corners=False)),
-    ("edges replicated", lambda x: F.pad(x, (1, 1, 1, 1), mode="replicate")),
-    ("", lambda x: F.pad(x, (1, 1, 1, 1))),
     ("GRN: over all positions, cannot be tiled", lambda x: x.sum((1, 2))),
-    ("", lambda x: x.sum(-1)),
     ("stays fp32", lambda x: x.float())])
 def test_a_trap_is_read_from_the_arguments(trap, call):
     with torch.inference_mode(), operators.Record() as record:

@@ -1,17 +1,14 @@
 """The operators of every network at its official size, and the numbers of the schedule, found by running the code.
 
-    python tests/porting/operators.py                       writes OPERATORS.md and the schedule in PORTING.md
-    python tests/porting/operators.py --detail "Stage C"    prints every operator of one network
+    python tests/porting/operators.py       writes OPERATORS.md and the schedule in PORTING.md
 
 The networks run on the meta device in bf16: nothing is computed; shapes and types are those of a real run. An operator
 is what PyTorch's dispatcher sees in inference mode (a linear, an attention), not what it is made of. An operator whose
 result is a view of its input (a permute, a chunk, most reshapes) moves nothing and is not listed.
 """
-import argparse
 import sys
 import weakref
-from collections import defaultdict
-from dataclasses import astuple, dataclass, field
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import torch
@@ -33,18 +30,18 @@ FOR_C = {"x": (2, 16, 24, 24), "r": (2,), "clip_text_pooled": (2, 1, 1280),
          "clip_text": (2, 77, 1280), "clip_img": (2, 1, 768)}
 FOR_B = {"x": (1, 4, 256, 256), "r": (1,), "clip_text_pooled": (1, 1, 1280), "effnet": (1, 16, 24, 24)}
 TYPES = {"ids": torch.int64, "mask": torch.int64, "r": torch.float32}      # all others are bf16
-# title -> official network, method, inputs, calls for one image of 1024x1024, whether its operators are on the page
+# title -> official network, method, inputs, calls for one image of 1024x1024
 NETWORKS = {
-    "Text encoder": ("text_encoder", "forward", TOKENS, 1, True),
-    "Stage C lite": ("stage_c_lite", "forward", FOR_C, 20, True),
-    "Stage C": ("stage_c", "forward", FOR_C, 20, False),
-    "Stage B lite": ("stage_b_lite", "forward", FOR_B, 10, True),
-    "Stage B": ("stage_b", "forward", FOR_B, 10, False),
-    "Stage A, decoding": ("stage_a", "decode", {"z": (1, 4, 256, 256)}, 1, True),
-    "Stage A, encoding": ("stage_a", "encode", {"image": (1, 3, 1024, 1024)}, 0, True),
-    "Semantic encoder": ("effnet_encoder", "forward", {"image": (1, 3, 768, 768)}, 0, True),
-    "Image encoder": ("image_encoder", "forward", {"pixels": (1, 3, 224, 224)}, 0, True),
-    "Previewer": ("previewer", "forward", {"latent": (1, 16, 24, 24)}, 0, True)}
+    "Text encoder": ("text_encoder", "forward", TOKENS, 1),
+    "Stage C lite": ("stage_c_lite", "forward", FOR_C, 20),
+    "Stage C": ("stage_c", "forward", FOR_C, 20),
+    "Stage B lite": ("stage_b_lite", "forward", FOR_B, 10),
+    "Stage B": ("stage_b", "forward", FOR_B, 10),
+    "Stage A, decoding": ("stage_a", "decode", {"z": (1, 4, 256, 256)}, 1),
+    "Stage A, encoding": ("stage_a", "encode", {"image": (1, 3, 1024, 1024)}, 0),
+    "Semantic encoder": ("effnet_encoder", "forward", {"image": (1, 3, 768, 768)}, 0),
+    "Image encoder": ("image_encoder", "forward", {"pixels": (1, 3, 224, 224)}, 0),
+    "Previewer": ("previewer", "forward", {"latent": (1, 16, 24, 24)}, 0)}
 
 
 def tensors(values):
@@ -53,10 +50,6 @@ def tensors(values):
 
 def size(tensor):
     return tensor.numel() * tensor.element_size()
-
-
-def weight_size(network):
-    return sum(map(size, network.state_dict().values()))
 
 
 def shape(tensor):
@@ -73,8 +66,8 @@ def count_flops(name, args, out):
     if name == "linear":
         return 2 * out.numel() * args[0].shape[-1]
     if name in ("conv2d", "conv_transpose2d"):
-        transposed = name == "conv_transpose2d"
-        return conv_flop_count(args[0].shape, args[1].shape, out.shape, transposed=transposed)
+        shapes = args[0].shape, args[1].shape, out.shape
+        return conv_flop_count(*shapes, transposed=name == "conv_transpose2d")
     if name == "scaled_dot_product_attention":
         return sdpa_flop_count(*(tensor.shape for tensor in args[:3]))
     return 0
@@ -105,33 +98,24 @@ TRAPS = (
     ("scaled_dot_product_attention", attention_trap),
     ("pixel_shuffle", shuffle_trap),
     ("pixel_unshuffle", shuffle_trap),
-    ("mul", lambda args: isinstance(args["other"], float) and args["other"] == 1.702
-     and "quick GELU: x·sigmoid(1.702x)"),
+    ("mul", lambda args: str(args["other"]) == "1.702" and "quick GELU: x·sigmoid(1.702x)"),
     ("argmax", lambda args: "the first of equals"))
 
 
-@dataclass
-class Row:
-    """Calls of one operator with the same shapes and types."""
-    count: int = 0
-    flops: int = 0
-    moved: int = 0                                      # bytes: every input read once, every output written once
-
-    def __add__(self, other):
-        return Row(*(a + b for a, b in zip(astuple(self), astuple(other))))
-
-
-@dataclass
 class Record(TorchDispatchMode):
-    """Records every operator that runs within it."""
-    rows: dict = field(default_factory=lambda: defaultdict(Row))    # (operator, shapes, type, trap) -> Row
-    held: dict = field(default_factory=lambda: defaultdict(int))    # storage -> number of its tensors
-    live: int = 0                                       # bytes of activations alive
-    peak: int = 0                                       # the maximum of that
-    largest: tuple = (0, "")                            # bytes and shape of the largest result
+    """Records every operator that runs within it.
 
-    def __post_init__(self):
+    rows        (operator, shapes, type, trap) -> how often it ran ("count"), "flops", and bytes "moved": every input
+                read once, every output written once
+    held        storage -> number of its tensors
+    live, peak  bytes of the activations alive, and the maximum of that
+    largest     bytes and shape of the largest result
+    """
+
+    def __init__(self):
         super().__init__()
+        self.rows, self.held = defaultdict(Counter), Counter()
+        self.live, self.peak, self.largest = 0, 0, (0, "")
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -151,7 +135,7 @@ class Record(TorchDispatchMode):
         key = name, f"{shapes} → {shape(out)}", type_name(out), "; ".join(filter(None, traps))
         read = [out] if name == "embedding" else inputs  # only some rows of a table are read
         moved = sum(map(size, read)) + sum(map(size, outs))
-        self.rows[key] += Row(1, count_flops(name, args, out), moved)
+        self.rows[key].update(count=1, flops=count_flops(name, args, out), moved=moved)
         self.largest = max(self.largest, (size(out), shape(out)))
         return result
 
@@ -172,28 +156,20 @@ class Record(TorchDispatchMode):
 
     @property
     def total(self):
-        return sum(self.rows.values(), Row())
-
-
-def record_call(network, method, inputs):
-    """A Record of one call, in which the network's weights do not count as activations, and the outputs."""
-    record = Record()
-    record.held |= {tensor.untyped_storage()._cdata: 1 for tensor in network.state_dict().values()}
-    for tensor in inputs.values():
-        record.hold(tensor)
-    with torch.inference_mode(), record:
-        outputs = getattr(network, method)(**inputs)
-    return record, outputs
+        return sum(self.rows.values(), Counter())
 
 
 def run(title, dtype=BF16):
-    """A network on the meta device, the Record of its run, and its first output."""
-    name, method, shapes, _, _ = NETWORKS[title]
-    network = on_meta(*OFFICIAL[name]).to(dtype)
-    inputs = {}
+    """A network on the meta device, the Record of one call, and its first output. Weights are not activations."""
+    name, method, shapes, _ = NETWORKS[title]
+    network, record, inputs = on_meta(*OFFICIAL[name]).to(dtype), Record(), {}
+    for tensor in network.state_dict().values():
+        record.held[tensor.untyped_storage()._cdata] = 1
     for key, sizes in shapes.items():
         inputs[key] = torch.empty(sizes, dtype=TYPES.get(key, dtype), device="meta")
-    record, outputs = record_call(network, method, inputs)
+        record.hold(inputs[key])
+    with torch.inference_mode(), record:
+        outputs = getattr(network, method)(**inputs)
     return network, record, tensors(outputs)[0]
 
 
@@ -216,52 +192,49 @@ a line are those of all its calls together.
 """
 
 
-def detail_table(record, whole):
-    """The operators in order. Those below 1 % of the FLOPs and of the bytes are merged, with one line for each trap
-    that no large operator shows."""
-    total, lines, small = record.total, [], defaultdict(list)
+def detail_table(record):
+    """The operators with at least 1 % of the FLOPs or of the bytes and the first of every trap, in order; then all else."""
+    total, lines, traps = record.total, [], {""}
+    rest, names, types = Counter(), set(), set()
     for (name, shapes, type, trap), row in record.rows.items():
-        if whole or row.flops > total.flops / 100 or row.moved > total.moved / 100:
+        large = row["flops"] > total["flops"] / 100 or row["moved"] > total["moved"] / 100
+        if large or trap not in traps:
             lines.append((f"`{name}`", shapes, type, row, trap))
+            traps.add(trap)
         else:
-            small[trap].append((name, type, row))
-    for trap in set(small) & {trap for *_, trap in lines} - {""}:
-        small[""] += small.pop(trap)
-    for trap, rows in sorted(small.items(), key=lambda item: not item[0]):
-        names = ", ".join(f"`{name}`" for name in dict.fromkeys(name for name, _, _ in rows))
-        types = ", ".join(sorted({type for _, type, _ in rows}))
-        lines.append((names if trap else "all else", "", types, sum((row for *_, row in rows), Row()), trap))
+            rest += row
+            names.add(f"`{name}`")
+            types.add(type)
+    lines.append(("all else: " + ", ".join(sorted(names)), "", ", ".join(sorted(types)), rest, ""))
     return table(
         ["operator", "inputs, weights → result", "type", "count", "GFLOP", "MB moved", "trap"],
-        [[name, shapes, type, row.count, f"{row.flops / 1e9:.2f}", f"{row.moved / 1e6:.1f}", trap]
+        [[name, shapes, type, row["count"], f"{row['flops'] / 1e9:.2f}", f"{row['moved'] / 1e6:.1f}", trap]
          for name, shapes, type, row, trap in lines])
 
 
 def operators_page():
-    summary, details = [], []
-    image = {"lite": [0, 0, 0], "full": [0, 0, 0]}      # FLOPs, bytes moved, bytes of weights
-    only = {"Stage C lite": ["lite"], "Stage B lite": ["lite"], "Stage C": ["full"], "Stage B": ["full"]}
-    for title, (_, _, shapes, calls, detailed) in NETWORKS.items():
+    summary, details, images = [], "", []
+    totals = {}                                         # title -> FLOPs, bytes moved and weights of one image
+    for title, (_, _, shapes, calls) in NETWORKS.items():
         network, record, out = run(title)
-        total, first = record.total, next(iter(shapes.values()))
+        flops, moved = record.total["flops"], record.total["moved"]
         parameters = sum(parameter.numel() for parameter in network.parameters())
+        totals[title] = calls * flops, calls * moved, bool(calls) * parameters * 2
+        first = next(iter(shapes.values()))
         summary.append([
             title, "×".join(map(str, first)), shape(out), f"{parameters / 1e6:.1f} M",
-            f"{parameters * 2 / 1e6:.0f}", f"{total.flops / 1e9:.1f}", f"{total.moved / 1e6:.0f}",
+            f"{parameters * 2 / 1e6:.0f}", f"{flops / 1e9:.1f}", f"{moved / 1e6:.0f}",
             record.largest[1], f"{record.peak / 1e6:.0f}", calls])
-        for pair in only.get(title, image):
-            figures = calls * total.flops, calls * total.moved, bool(calls) * parameters * 2
-            image[pair] = [a + b for a, b in zip(image[pair], figures)]
-        if detailed:
-            details.append(f"\n## {title}\n\n{detail_table(record, whole=False)}")
+        if title not in ("Stage C", "Stage B"):
+            details += f"\n## {title}\n\n{detail_table(record)}"
+    for pair, others in ("lite", ("Stage C", "Stage B")), ("full", ("Stage C lite", "Stage B lite")):
+        flops, moved, weights = map(sum, zip(*(totals[title] for title in totals if title not in others)))
+        images.append([pair, f"{flops / 1e12:.1f}", f"{moved / 1e9:.0f}", f"{weights / 1e9:.2f}"])
     head = ["network", "input", "output", "parameters", "weights, MB", "GFLOP per call",
             "MB moved per call", "largest result", "peak, MB", "calls"]
-    pairs = [[pair, f"{flops / 1e12:.1f}", f"{moved / 1e9:.0f}", f"{weights / 1e9:.2f}"]
-             for pair, (flops, moved, weights) in image.items()]
     return (f"{HEAD}\n{table(head, summary)}\nOne image in 20 and 10 steps, from the text encoder to the pixels:\n\n"
-            f"{table(['pair', 'TFLOP', 'GB moved', 'weights, GB'], pairs)}\n"
-            "Below: the operators with at least 1 % of a network's FLOPs or bytes, and every trap. All operators, those "
-            "of\nthe full pair too: `python tests/porting/operators.py --detail 'Stage C'`.\n" + "".join(details))
+            f"{table(['pair', 'TFLOP', 'GB moved', 'weights, GB'], images)}\nBelow: the operators with at least 1 % of "
+            f"a network's FLOPs or bytes, and the first of every trap.\n{details}")
 
 
 def schedule():
@@ -280,16 +253,6 @@ def schedule():
     return "\n".join(parts)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--detail", choices=NETWORKS)
-    options = parser.parse_args()
-    if options.detail:
-        print(detail_table(run(options.detail)[1], whole=True))
-    else:
-        OPERATORS_PAGE.write_text(operators_page(), encoding="utf-8")
-        write_section(PORTING_PAGE, "schedule", schedule())
-
-
 if __name__ == "__main__":
-    main()
+    OPERATORS_PAGE.write_text(operators_page(), encoding="utf-8")
+    write_section(PORTING_PAGE, "schedule", schedule())

@@ -8,7 +8,6 @@ cascade while it draws an image. Memory is computed: the official networks run o
 """
 import copy
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
@@ -51,29 +50,22 @@ def cast_inputs(inputs, dtype):
     return {name: value if name in TIMES else cast(value, dtype) for name, value in inputs.items()}
 
 
-def largest_drift(pairs):
-    return max(relative_error(ours, exact) for ours, exact in pairs)
-
-
-@contextmanager
 def without_upcast():
-    """Plain fp16: feature maps are not upcast to fp32."""
-    with mock.patch.object(model, "upcast_fp16", lambda x: x):
-        yield
+    """Plain fp16 in its context: feature maps are not upcast to fp32."""
+    return mock.patch.object(model, "upcast_fp16", lambda x: x)
 
 
 # ------------------------------------------------------------------------------ random networks
 
 @torch.inference_mode()
 def random_drift(name, dtype, seeds=5):
-    inputs, _, _ = golden(name)
-    worst = 0.0
+    (inputs, _, _), errors = golden(name), []
     for seed in range(seeds):
         network = networks(seed)[name]
         exact = RUNS[name](network, **inputs)
         ours = RUNS[name](copy.deepcopy(network).to(dtype), **cast_inputs(inputs, dtype))
-        worst = max(worst, largest_drift((ours[key], exact[key]) for key in exact))
-    return worst
+        errors += [relative_error(ours[key], exact[key]) for key in exact]
+    return max(errors)
 
 
 def overflowing(config, seed, factor=100):
@@ -99,15 +91,14 @@ def overflowing_drift(config, dtype, seed, factor=100, **sizes):
 # ------------------------------------------------------------------------------ the tiny cascade
 
 @torch.inference_mode()
-def calls_of_the_tiny_cascade(steps=6, decoder_steps=4):
+def calls_of_the_tiny_cascade():
     """name -> [(positional inputs, inputs by name, fp32 output)] of its networks while they draw an image."""
     cascade, calls = Cascade(keep=True), {}
     for name in ("text_encoder", "stage_c", "stage_b", "effnet_encoder", "image_encoder", "previewer"):
         calls[name] = []
         cascade.network(name).register_forward_hook(
-            lambda network, args, inputs, output, name=name: calls[name].append((args, inputs, output)),
-            with_kwargs=True)
-    z = cascade(PROMPT, steps=steps, decoder_steps=decoder_steps, output="latent")
+            lambda network, *call, name=name: calls[name].append(call), with_kwargs=True)
+    z = cascade(PROMPT, steps=6, decoder_steps=4, output="latent")
     pixels = cascade.network("stage_a").decode(z)
     calls["stage_a"] = [((z,), {}, pixels)]
     image = to_pillow(pixels[0].clamp(0, 1).permute(1, 2, 0).numpy())
@@ -118,14 +109,13 @@ def calls_of_the_tiny_cascade(steps=6, decoder_steps=4):
 
 @torch.inference_mode()
 def tiny_cascade_drift(calls, name, dtype):
-    network, pairs = Cascade(dtype=dtype).network(name), []
+    network, errors = Cascade(dtype=dtype).network(name), []
     run = network.decode if name == "stage_a" else network
-    for (x, *args), inputs, exact in calls[name]:
-        if name not in ("stage_b", "stage_c"):  # there it is the time, which stays fp32
-            args = [cast(value, dtype) for value in args]
+    for (x, *args), inputs, exact in calls[name]:  # args: the time, which stays fp32, or the mask
         ours = run(cast(x, dtype), *args, **cast_inputs(inputs, dtype))
-        pairs += zip(ours, exact) if isinstance(exact, tuple) else [(ours, exact)]
-    return largest_drift(pairs)
+        ours, exact = ([y] if torch.is_tensor(y) else y for y in (ours, exact))
+        errors += map(relative_error, ours, exact)
+    return max(errors)
 
 
 def image_drift(dtype):
@@ -136,13 +126,11 @@ def image_drift(dtype):
 
 # ------------------------------------------------------------------------------ the table
 
-def memory(title):
-    """Weights + activations in fp32, bf16 and fp16, GB, of one call for an image of 1024x1024."""
-    cells = []
-    for dtype in (torch.float32, BF16, FP16):
-        network, record, _ = operators.run(title, dtype)
-        cells.append(f"{operators.weight_size(network) / 1e9:.2f} + {record.peak / 1e9:.2f}")
-    return cells
+def memory(title, dtype):
+    """Weights + activations of one call for an image of 1024x1024, in GB."""
+    network, record, _ = operators.run(title, dtype)
+    weights = sum(tensor.nbytes for tensor in network.state_dict().values())
+    return f"{weights / 1e9:.2f} + {record.peak / 1e9:.2f}"
 
 
 def rounded(value):
@@ -158,7 +146,7 @@ def precision_table():
             drifts = [f"{rounded(random_drift(name, dtype))}, {rounded(tiny_cascade_drift(calls, name, dtype))}"
                       for dtype in (BF16, FP16)]
             drifts.append(rounded(max(overflowing_drift(config, FP16, seed) for seed in range(5))) if config else "")
-        rows.append([title, kept, *drifts, *memory(title)])
+        rows.append([title, kept, *drifts, *(memory(title, dtype) for dtype in (torch.float32, BF16, FP16))])
     head = ["network", "fp32 beside fp16 weights", "drift, bf16", "drift, fp16", "fp16, overflowing",
             "GB, fp32", "GB, bf16", "GB, fp16"]
     images = ", ".join(f"{image_drift(dtype):.1f} in {dtype}" for dtype in ("bf16", "fp16"))

@@ -2,9 +2,8 @@
 
     python tests/porting/trace.py "a large red circle" --out trace.safetensors          the tiny cascade: seconds, 10 MB
     python tests/porting/trace.py --compare trace.safetensors mine.safetensors          where does mine differ?
-    python tests/porting/trace.py --list --weights weights/official --lite              names, shapes and size; no run
     python tests/porting/trace.py "an astronaut" --weights weights/official --lite --stages stage_c --steps-recorded 0
-                                                                                        1.4 GB
+                                                                                        1.4 GB, all stages several times that
 
 `Cascade` draws one image while hooks record it. In the names, S is stage_c or stage_b; NNN counts its steps from 000;
 PATH is the path of a module in model.py or text_encoder.py, the same as in the names of the official files.
@@ -58,7 +57,7 @@ import argparse
 import json
 import sys
 import warnings
-from collections import Counter, defaultdict
+from collections import Counter
 from fnmatch import fnmatchcase
 from functools import partial
 from math import inf
@@ -72,11 +71,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import cascade
 import sampler
-from model import CascadeError, UNet, Weights, out_of_memory, require
+from model import CascadeError, UNet, Weights, require
 
 STAGES = ("text_encoder", "stage_c", "stage_b", "stage_a")
-LAYOUT = ("channels-last, (B, H, W, C), between the blocks of stage_c, stage_b and stage_a; channels-first are x, out, "
-          "epsilon, x0, noise, latent, condition, picture, embedding.in, clf.out and out_block.out")
+LAYOUT = ("channels-last, (B, H, W, C), between the blocks of stage_c, stage_b and stage_a; "
+          "channels-first are x, out, epsilon, x0, noise, latent, condition, picture, "
+          "embedding.in, clf.out and out_block.out")
 
 
 class Trace:
@@ -94,8 +94,7 @@ class Trace:
         self.passes, self.open = Counter(), []
 
     def add(self, name, tensor):
-        device = tensor.device if tensor.is_meta else "cpu"
-        tensor = tensor.to(device, torch.float32 if tensor.is_floating_point() else None)
+        tensor = tensor.to("cpu", torch.float32 if tensor.is_floating_point() else None)
         tensor = tensor.clone(memory_format=torch.contiguous_format)  # one's `out` is the next one's `in`
         self.tensors[f"{self.prefix}.{name}".lstrip(".")] = tensor
 
@@ -132,7 +131,8 @@ class Trace:
     def is_recorded(self, path):
         if not self.record or not self.patterns:
             return self.record and not self.open  # what a network itself calls; not what is called within that
-        matches = {pattern for pattern in self.patterns if fnmatchcase(f"{self.stage}.{path}", pattern)}
+        name = f"{self.stage}.{path}"
+        matches = {pattern for pattern in self.patterns if fnmatchcase(name, pattern)}
         self.unused_patterns -= matches
         return bool(matches)
 
@@ -151,7 +151,7 @@ class Trace:
         if name:
             self.add(f"{name}.out", output)
 
-    def sample(self, unet, shape, condition, steps, guidance, noise_generators, recipe, *init):
+    def sample(self, unet, shape, condition, steps, guidance, noise_generators, recipe):
         """sampler.sample, recorded. The noise is drawn a second time, from copies of the generators."""
         stage, times = self.stage, sampler.timesteps(steps)
         copies = [generator.clone_state() for generator in noise_generators]
@@ -160,9 +160,9 @@ class Trace:
         rows = len(copies) * (2 if guidance > 1 else 1)
         for name, value in condition.items():
             self.add(f"condition.{name}", value[:rows])
-        if unet.config.image_dim:  # without an image it is zeros, which other implementations may need to be given
-            self.add("condition.clip_img", value.new_zeros(rows, 1, unet.config.image_dim))
-        walk = sampler.sample(unet, shape, condition, steps, guidance, noise_generators, recipe, *init)
+        if unet.config.image_dim:  # without an image it is zeros, which other implementations may need
+            self.add("condition.clip_img", torch.zeros(rows, 1, unet.config.image_dim))
+        walk = sampler.sample(unet, shape, condition, steps, guidance, noise_generators, recipe)
         x = sampler.draw_noise(copies, shape, "cpu")
         for i in range(steps):
             self.begin(f"{stage}.step-{i:03}", i in self.steps or i - steps in self.steps)
@@ -180,42 +180,29 @@ class Trace:
 
 
 class TracedCascade(cascade.Cascade):
-    """Every network that it opens is recorded. On the meta device networks are empty: they give all names and shapes,
-    and no values."""
-    trace: Trace
+    """Every network that it loads is recorded in its `trace`."""
 
     def network(self, name):
-        if self.device.type != "meta":
-            return self.trace.watch(super().network(name), name)
-        _, network_class, read_config = cascade.NETWORKS[name]
-        with self.device:
-            network = network_class(read_config(Weights(self.file(name)))).eval()
-        if isinstance(network, UNet):  # where no block is recorded, only the shape of the output matters
-            forward = network.forward
-            network.forward = lambda x, r, **inputs: forward(x, r, **inputs) if self.trace.record else x
-        return self.trace.watch(network, name)
+        return self.trace.watch(super().network(name), name)
 
 
 @torch.no_grad()
 def draw(traced, options):
-    """Cascade.__call__ for one image, up to the last of the recorded stages; returns its Trace."""
-    traced.trace = trace = Trace(options.stages, options.steps_recorded, options.blocks)
+    """Cascade.__call__ for one image, up to the last of the recorded stages."""
     last = max(map(STAGES.index, options.stages))
-    with mock.patch.object(cascade, "sample", trace.sample):
-        text = traced.encode_prompt(options.prompt, options.negative)
-        width, height = traced.size(options.width, options.height)
-        if last >= 1:
-            latents = traced.prior(text, width=width, height=height, steps=options.steps, guidance=options.guidance,
-                                   seed=options.seed)
-        if last >= 2:
-            z = traced.decode(latents, text, width=width, height=height, steps=options.decoder_steps, output="latent",
-                              guidance=options.decoder_guidance, seed=options.seed, prior_steps=options.steps)
+    text = traced.encode_prompt(options.prompt, options.negative)
+    width, height = traced.size(options.width, options.height)
+    size = {"width": width, "height": height, "seed": options.seed}
+    if last >= 1:
+        latents = traced.prior(text, steps=options.steps, guidance=options.guidance, **size)
+    if last >= 2:
+        z = traced.decode(latents, text, steps=options.decoder_steps, prior_steps=options.steps,
+                          guidance=options.decoder_guidance, output="latent", **size)
     if last >= 3:
         stage_a = traced.network("stage_a")
         pixels = stage_a.decode(z.to(stage_a.out_block[0].weight)).float()
-        trace.begin("")
-        trace.add("picture", pixels[:, :, :height, :width].clamp(0, 1))
-    return trace
+        traced.trace.begin("")
+        traced.trace.add("picture", pixels[:, :, :height, :width].clamp(0, 1))
 
 
 def run(options):
@@ -223,114 +210,86 @@ def run(options):
     valid = out.suffix == ".safetensors" and out.absolute().parent.is_dir() and not out.is_dir()
     require(valid, f"--out {out}: expected a .safetensors file in an existing folder")
     for step in options.steps_recorded:
-        require(-most <= step < most, f"--steps-recorded: expected 0 to {most - 1}, or -1 for the last, got {step}")
-    lite = options.lite or (options.lite_prior and "prior") or (options.lite_decoder and "decoder") or False
-    traced = TracedCascade(options.weights, options.device, options.dtype, lite, options.decoder_dtype)
-    device, traced.device = traced.device, torch.device("meta")
-    with mock.patch.object(torch.Tensor, "isfinite", lambda x: torch.ones(1, dtype=torch.bool)):  # not known there
-        rehearsal = draw(traced, options)
-    unused = ", ".join(sorted(rehearsal.unused_patterns))
-    require(not unused, f"--blocks {unused}: no such module runs; --list --blocks '*' lists all of them")
-    size = sum(tensor.nbytes for tensor in rehearsal.tensors.values())
-    summary = f"{len(rehearsal.tensors)} tensors, {size / 1e6:.1f} MB"
-    if options.list:
-        for name, tensor in rehearsal.tensors.items():
-            print(name, *tensor.shape)
-        print(summary)
-        return
-    require(size <= 1e9 * options.limit, f"{out}: would be {summary}, more than --limit {options.limit:g} GB; record fewer "
-            "--stages, --blocks or --steps-recorded, or a smaller image; --list shows what is large")
-    traced.device, traced.progress = device, True
-    tensors = draw(traced, options).tensors
-    used = {name: value for name, value in vars(options).items() if name not in ("compare", "list", "out", "limit")}
-    used |= {"networks": cascade.describe(traced, STAGES), "torch": torch.__version__}
-    metadata = {"order": json.dumps(list(tensors)), "layout": LAYOUT, "used": json.dumps(used, default=str)}
-    cascade.write_file(out, save(tensors, metadata))
-    print(f"{out}: {summary}")
+        require(-most <= step < most,
+                f"--steps-recorded: expected 0 to {most - 1}, or -1 for the last, got {step}")
+    traced = TracedCascade(
+        options.weights, options.device, options.dtype, options.lite, progress=True)
+    traced.trace = trace = Trace(options.stages, options.steps_recorded, options.blocks)
+    with mock.patch.object(cascade, "sample", trace.sample):
+        draw(traced, options)
+    unused = ", ".join(sorted(trace.unused_patterns))
+    require(not unused, f"--blocks {unused}: no such module ran; '*' records all of them")
+    used = {**vars(options), "torch": torch.__version__}
+    metadata = {"order": json.dumps(list(trace.tensors)), "layout": LAYOUT,
+                "used": json.dumps(used, default=str)}
+    cascade.write_file(out, save(trace.tensors, metadata))
+    print(f"{out}: {len(trace.tensors)} tensors, {out.stat().st_size / 1e6:.1f} MB")
 
 
 # ------------------------------------------------------------------------------ comparing
 
-def errors_of(ours, theirs):
-    """The largest error, relative to the largest value, and the error's L2 norm, relative to the value's. Of integers:
-    the fraction that differs."""
+def error_of(ours, theirs):
+    """The largest error, relative to the largest value. Of integers: the fraction that differs."""
     ours, theirs = ours.squeeze(), theirs.squeeze()
     if ours.shape != theirs.shape:
-        return inf, inf
+        return inf
     if not ours.is_floating_point():
-        return ((ours != theirs).double().mean().item(),) * 2
-    ours, error = ours.double(), theirs.double() - ours.double()
-    pairs = (error.abs().max(), ours.abs().max()), (error.norm(), ours.norm())
-    return tuple((wrong / right if right else wrong).nan_to_num(inf, inf).item() for wrong, right in pairs)
+        return (ours != theirs).double().mean().item()
+    error, largest = (theirs.double() - ours).abs().max(), ours.double().abs().max()
+    return (error / largest if largest else error).nan_to_num(inf, inf).item()
 
 
 def compare(path, other, tolerance):
     """Prints where `other` differs from the trace at `path`; returns whether it does."""
     ours, theirs = Weights(path), Weights(other)
-    require("order" in ours.metadata, f"{path}: not a trace, its metadata hold no order; expected the trace, then the "
-            "other file")
+    require("order" in ours.metadata, f"{path}: not a trace, its metadata hold no order")
     order = json.loads(ours.metadata["order"])
     missing = [name for name in order if name not in theirs]
-    require(len(missing) < len(order), f"{other}: holds none of the trace's names, such as {order[0]}")
-    errors = {name: errors_of(ours.tensor(name), theirs.tensor(name)) for name in order if name in theirs}
+    require(len(missing) < len(order),
+            f"{other}: holds none of the trace's names, such as {order[0]}")
+    errors = {}
+    for name in order:
+        if name in theirs:
+            errors[name] = error_of(ours.tensor(name), theirs.tensor(name))
     unknown = len(theirs.keys() - set(order))
-    print(f"{len(errors)} of {len(order)} tensors compared, {len(missing)} missing, {unknown} unknown to the trace")
+    print(f"{len(errors)} of {len(order)} tensors compared, {len(missing)} missing, "
+          f"{unknown} unknown to the trace")
     if missing:
-        print("missing:", ", ".join(missing[:5]) + (", ..." if missing[5:] else ""))
-    first = next((name for name, (largest, _) in errors.items() if largest > tolerance), None)
-    if first is None:
-        print(f"all agree: maximum relative error {max(errors.values())[0]:.1e}")
-    else:
-        largest, norm = errors[first]
-        print(f"first difference: {first}: maximum relative error {largest:.1e}, in L2 {norm:.1e}")
-        if ours[first] != theirs[first]:
-            hint = "; is one channels-first?" if sorted(ours[first]) == sorted(theirs[first]) else ""
-            print(f"  expected shape {ours[first]}, got {theirs[first]}{hint}")
-    print_largest(errors)
-    return first is not None
-
-
-def print_largest(errors):
-    """The 20 blocks with the largest errors."""
-    blocks = defaultdict(dict)  # block -> in, skip, out -> errors
-    for name, found in errors.items():
-        block, _, side = name.rpartition(".")
-        if side not in ("in", "skip", "out"):
-            block, side = name, "out"
-        blocks[block][side] = found
-    ranked = sorted(blocks.items(), key=lambda item: -max(item[1].values())[0])
-    ranked = [(block, found) for block, found in ranked if max(found.values())[0] > 0][:20]
-    if ranked:
-        print("   of in   of out   L2 of out")
-    for block, found in ranked:
-        columns = found.get("in", (None,))[0], *found.get("out", (None, None))
-        print(*(f"{'':9}" if value is None else f"{value:9.1e}" for value in columns), f" {block}")
+        print("the first one missing:", missing[0])
+    ranked = sorted(errors, key=errors.get, reverse=True)
+    if errors[ranked[0]] <= tolerance:
+        print(f"all agree: maximum relative error {errors[ranked[0]]:.1e}")
+        return False
+    first = next(name for name, error in errors.items() if error > tolerance)
+    print(f"first difference: {first}: maximum relative error {errors[first]:.1e}")
+    if ours[first] != theirs[first]:
+        print(f"  expected shape {ours[first]}, got {theirs[first]}; is one channels-first?")
+    print("the largest differences:")
+    for name in ranked[:10]:
+        print(f"{errors[name]:9.1e}  {name}")
+    return True
 
 
 # ------------------------------------------------------------------------------ the command
 
 def parse(arguments):
     parser = cascade.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("prompt", nargs="?", default="a large red circle on a white background", help="(default: %(default)s)")
-    add("--out", default="trace.safetensors", type=Path, metavar="FILE", help="(default: %(default)s)")
-    add("--list", action="store_true", help="only print what would be recorded; takes seconds at any size")
-    add("--compare", nargs=2, metavar=("TRACE", "OTHER"), help="only compare; exit status 1 where OTHER differs")
-    add("--tolerance", type=float, default=1e-4, help="relative error that --compare allows (default: %(default)s)")
-    add("--stages", nargs="+", default=STAGES, choices=STAGES, help="record these; stop after the last (default: all)")
-    add("--blocks", nargs="+", default=[], metavar="PATTERN", help="(default: what each network itself calls)")
-    add("--steps-recorded", nargs="+", type=int, default=[0, -1], metavar="N", help="(default: 0 -1)")
-    add("--limit", type=float, default=4, metavar="GB", help="write no larger file (default: %(default)s)")
+    add, default = parser.add_argument, "(default: %(default)s)"
+    add("prompt", nargs="?", default="a large red circle on a white background", help=default)
+    add("--out", default="trace.safetensors", type=Path, metavar="FILE", help=default)
+    add("--compare", nargs=2, metavar=("TRACE", "OTHER"), help="exit status 1 where OTHER differs")
+    add("--tolerance", type=float, default=1e-4, help="of --compare, relative " + default)
+    add("--stages", nargs="+", default=STAGES, choices=STAGES, help="the last one ends the run")
+    add("--blocks", nargs="+", default=[], metavar="PATTERN", help="(default: see above)")
+    add("--steps-recorded", nargs="+", type=int, default=[0, -1], metavar="N", help=default)
     add("--negative", default="", metavar="TEXT")
-    for option, default in (("width", None), ("height", None), ("seed", 0), ("steps", 20), ("decoder_steps", 10),
-                            ("guidance", 4.0), ("decoder_guidance", 0.0)):
-        add(f"--{option.replace('_', '-')}", type=cascade.number(option), default=default, help="as in cascade.py")
-    add("--weights", type=Path, default=cascade.TINY, metavar="FOLDER", help="(default: the tiny cascade)")
-    for option in ("--lite", "--lite-prior", "--lite-decoder"):
-        add(option, action="store_true", help="as in cascade.py")
-    add("--device", default="cpu", help="(default: %(default)s)")
-    add("--dtype", default="fp32", choices=cascade.DTYPES, help="of the run, not of the file (default: %(default)s)")
-    add("--decoder-dtype", choices=cascade.DTYPES, help="of Stage B and A (default: as --dtype)")
+    for option, value in (("width", None), ("height", None), ("seed", 0), ("steps", 20),
+                          ("decoder_steps", 10), ("guidance", 4.0), ("decoder_guidance", 0.0)):
+        add(f"--{option.replace('_', '-')}", type=cascade.number(option), default=value, help=default)
+    add("--weights", type=Path, default=cascade.TINY, metavar="FOLDER", help=default)
+    add("--lite", action="store_true", help="as in cascade.py")
+    add("--device", default="cpu", help=default)
+    add("--dtype", default="fp32", choices=cascade.DTYPES, help="of the run, not of the file")
     return parser.parse_args(arguments)
 
 
@@ -340,14 +299,13 @@ def main(arguments=None):
         warnings.simplefilter("ignore")
         try:
             options = parse(arguments)
-            return int(bool(compare(*options.compare, options.tolerance) if options.compare else run(options)))
+            if options.compare:
+                return int(compare(*options.compare, options.tolerance))
+            run(options)
+            return 0
         except CascadeError as error:
             print(f"trace.py: {error}", file=sys.stderr)
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-            print("trace.py: out of memory; try fewer --stages or --steps-recorded, --lite or --dtype bf16", file=sys.stderr)
-    return 2
+            return 2
 
 
 if __name__ == "__main__":
