@@ -26,10 +26,16 @@ def command(*arguments, status=0):
 
 
 def refused(arguments, *texts):
-    """The command refuses in one line with these texts, and changes nothing in the working directory."""
+    """The command refuses in one line with these texts and changes nothing in the working directory."""
     before = contents(".")
     (line,) = command(*arguments, status=2)
     assert all(text in line for text in texts) and contents(".") == before, line
+
+
+def failing(error):
+    def fail(*given, **named):
+        raise error
+    return fail
 
 
 def contents(place):

@@ -78,8 +78,10 @@ def scheduler(_):
 def pipeline(_):
     """Two prompts, guidance on both stages: Stage B's latents, and every fourth pixel of the images."""
     from peers import combined_pipeline
+
+    from cascade import Cascade
     with tempfile.TemporaryDirectory() as folder:
-        peer = combined_pipeline(write_folder(folder, seed=0))
+        peer = combined_pipeline(Cascade(write_folder(folder, seed=0)))
     latents, pixels = (
         peer(prompt=["a red circle", "three stars"], negative_prompt=["blue", "a wall"], width=128, height=128,
              prior_num_inference_steps=4, prior_guidance_scale=4.0, num_inference_steps=3,

@@ -14,8 +14,14 @@ from model import CascadeError
 FEW = {"steps": 1, "decoder_steps": 1, "width": 64, "height": 64, "output": "pt"}
 IMAGE = Image.new("RGB", (64, 64), "red")
 NAN = float("nan")
+HIDDEN, POOLED = torch.zeros(2, 77, 64), torch.zeros(2, 1, 64)
+WRONG_TEXT = [
+    (HIDDEN[:1], POOLED[:1]), (HIDDEN[:0], POOLED[:0]), (HIDDEN[0], POOLED), (HIDDEN, POOLED[:, 0]),
+    (HIDDEN[..., :32], POOLED), (HIDDEN, POOLED[..., :32]), (HIDDEN * NAN, POOLED),
+    (HIDDEN.int(), POOLED), (None, None)]
 WRONG = {
-    "prompts": [None, 3, [], [1], ["a", None], b"bytes", {"a": 1}, "\ud800", np.array(["a"])],
+    "prompts": [None, 3, [], [1], ["a", None], b"bytes", {"a": 1}, "\ud800", np.array(["a"]),
+                *(TextEmbeddings(*wrong) for wrong in WRONG_TEXT)],
     "negative": [None, 3, [], ["a", "b"], "\ud800"],
     "width": [True, 100.5, "128", 0, 63, 8193, NAN, []],
     "height": [0, -128, 10 ** 9, "", torch.tensor(64)],
@@ -27,7 +33,7 @@ WRONG = {
     "decoder_guidance": ["4", NAN, -1, [], False],
     "recipe": ["soup", None, [], {}, 3, True],
     "output": ["jpeg", None, [], 3],
-    "strength": [1.5, -1, NAN, "0.5", None, True],
+    "strength": [1.5, -1, NAN, "0.5", None, True, 0.0, 0.5],  # half a step is none
     "interval": [(0.7, 0.3), None, 3, "ab", (0, 1, 2), (0, NAN), ("a", "b"), (0, 2)],
     "variation_images": [
         [], 3, [None], "nowhere.png", "", {"a": IMAGE}, np.zeros((1, 24)), torch.zeros(24),
@@ -49,7 +55,8 @@ def check_refused(function, name, value, **others):
     with pytest.raises(TypeError if name == "colour" else CascadeError) as error:
         function(**others | {name: value})
     message = str(error.value)
-    assert len(message.splitlines()) == 1 and (name in message or "image" in name), message
+    assert len(message.splitlines()) == 1, message
+    assert name in message or name in ("prompts", "variation_images", "init_image"), message
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -76,48 +83,30 @@ def test_a_gpu_without_bf16_is_refused(folder, monkeypatch):
     Cascade(folder, device="cuda", dtype="fp16")
 
 
-# ------------------------------------------------------------------------------ latents and embeddings
 LATENTS = torch.zeros(1, 16, 2, 2)
 WRONG_LATENTS = [
     None, 3, LATENTS.numpy(), LATENTS[0], LATENTS[:0], LATENTS[:, :4], LATENTS[..., None],
-    LATENTS.int(), LATENTS * NAN, LATENTS[..., :1, :1], LATENTS[:, :, :0], LATENTS.repeat(1, 1, 1, 99)]
+    LATENTS.int(), LATENTS * NAN, LATENTS[..., :1, :1], LATENTS[:, :, :0],
+    torch.zeros(1, 16, 2, 198)]
 
 
 @pytest.mark.parametrize("arguments, message", [
     *(({"latents": latents}, "expected") for latents in WRONG_LATENTS),
-    ({"latents": LATENTS.repeat(3, 1, 1, 1)}, "3 latents for 2 prompts: expected a multiple of the"),
-    ({}, "1 latents for 2 prompts"), ({"width": 128}, "expected the shape"), ({"steps": 0}, "steps"),
+    ({"latents": LATENTS.repeat(3, 1, 1, 1)}, "3 latents for 2 prompts: expected"),
+    ({}, "1 latents for 2 prompts"), ({"width": 128}, "expected the"), ({"steps": 0}, "steps"),
     *(({"prompts": "a", "prior_steps": value}, "prior_steps") for value in (1001, "", 2.0)),
-    ({"prompts": "a", "seed": -1}, "seed")])
+    ({"prompts": "a", "seed": -1}, "seed"),
+    ({"prompts": TextEmbeddings(HIDDEN, POOLED), "negative": "blue"}, "negative: expected none")])
 def test_wrong_latents_and_what_does_not_fit_them_is_refused(pipeline, arguments, message):
     with pytest.raises(CascadeError, match=message):
         pipeline.decode(**{"latents": LATENTS, "prompts": ["a", "b"], "steps": 1} | arguments)
 
 
-def test_wrong_text_embeddings_are_refused(pipeline):
-    text = pipeline.encode_prompt("a star")
-    hidden, pooled = text.hidden, text.pooled
-    for wrong in [
-            (hidden[:1], pooled[:1]), (hidden[:0], pooled[:0]), (hidden[0], pooled),
-            (hidden, pooled[:, 0]), (hidden[..., :32], pooled), (hidden, pooled[..., :32]),
-            (hidden * NAN, pooled), (hidden.int(), pooled), (None, None)]:
-        with pytest.raises(CascadeError, match="text embeddings.*expected"):
-            pipeline(TextEmbeddings(*wrong), **FEW)
-    with pytest.raises(CascadeError, match="negative: expected none"):
-        pipeline(text, "blue", **FEW)
-
-
-@pytest.mark.parametrize("strength, steps", [(0.0, 20), (0.04, 20), (0.5, 1)])
-def test_a_strength_that_leaves_no_step_is_refused(pipeline, strength, steps):
-    with pytest.raises(CascadeError, match="strength.*leaves no step"):
-        pipeline.prior("a star", init_image=IMAGE, strength=strength, steps=steps)
-
-
-@pytest.mark.parametrize("seed", [2 ** 32 - 3, np.uint32(2 ** 32 - 3)])
-def test_the_seeds_of_all_images_are_checked_before_any_work(pipeline, seed):
-    with pytest.raises(CascadeError, match="seed"):
-        pipeline(["a", "b"], images=2, seed=seed, **FEW)
-    assert pipeline(["a", "b", "c"], seed=seed, **FEW).isfinite().all()
+def test_the_seeds_of_all_images_are_checked_before_any_work(pipeline):
+    for seed in (2 ** 32 - 3, np.uint32(2 ** 32 - 3)):
+        with pytest.raises(CascadeError, match="seed"):
+            pipeline(["a", "b"], images=2, seed=seed, **FEW)
+    assert pipeline(["a", "b", "c"], seed=2 ** 32 - 3, **FEW).isfinite().all()
 
 
 # ------------------------------------------------------------------------------ what works
@@ -130,14 +119,13 @@ def test_numbers_of_numpy_are_numbers(pipeline):
 def test_latents_and_kept_networks_can_be_edited_and_trained(folder):
     pipeline = Cascade(folder, keep=True)
     latents = pipeline.prior("a star", steps=1, width=64, height=64)
-    image = pipeline.decode(latents.mul_(1.1), "a star", steps=1)
-    assert len(image) == 1
+    assert pipeline.decode(latents.mul_(1.1), "a star", steps=1)
     unet = pipeline.network("stage_c").requires_grad_(True)
     unet(latents, torch.ones(1), torch.zeros(1, 1, 64), torch.zeros(1, 7, 64)).sum().backward()
     assert all(parameter.grad is not None for parameter in unet.clf.parameters())
 
 
-WITH_IMAGES = FEW | {"init_image": IMAGE, "variation_images": IMAGE, "steps": 2, "recipe": "original"}
+WITH_IMAGES = FEW | {"init_image": IMAGE, "variation_images": IMAGE, "steps": 2, "recipe": "lcm"}
 
 
 def test_networks_can_be_pickled_and_copied(pipeline):
@@ -146,11 +134,11 @@ def test_networks_can_be_pickled_and_copied(pipeline):
         assert torch.allclose(image, another("a star", **WITH_IMAGES), atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
-def test_the_default_dtype_changes_nothing(folder, dtype):
+def test_the_default_dtype_changes_nothing(folder):
     image = Cascade(folder)("a star", **WITH_IMAGES)
-    torch.set_default_dtype(dtype)
     try:
-        assert torch.equal(Cascade(folder)("a star", **WITH_IMAGES), image)
+        for dtype in (torch.float64, torch.float16):
+            torch.set_default_dtype(dtype)
+            assert torch.equal(Cascade(folder)("a star", **WITH_IMAGES), image)
     finally:
         torch.set_default_dtype(torch.float32)

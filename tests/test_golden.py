@@ -3,11 +3,11 @@ in them."""
 import pytest
 import torch
 from helpers import RUNS, assert_same, golden, noise, relative_error
-from tiny import STAGE_B, file_name, networks, randomise, weight_sum, write_folder
+from tiny import file_name, networks, weight_sum, write_folder
 
 import sampler
 from cascade import NETWORKS, Cascade
-from model import UNet, load
+from model import load
 
 
 @pytest.fixture(scope="module")
@@ -67,10 +67,3 @@ def test_the_image_is_that_of_diffusers_pipeline(folder):
     latents, ours = (Cascade(folder)(*arguments, output=kind, **options) for kind in ("latent", "pt"))
     assert_same(latents, theirs["latents"])
     assert_same(ours[:, :, ::4, ::4], pixels)
-
-
-def test_a_level_that_repeats_reads_its_skip_every_time():
-    network, skips = randomise(UNet(STAGE_B), 9), []
-    network.up_blocks[1][0].register_forward_pre_hook(lambda block, inputs: skips.append(inputs[3]))
-    network(torch.randn(1, 4, 8, 8), torch.rand(1), torch.randn(1, 64))
-    assert len(skips) == 2 and torch.equal(*skips)

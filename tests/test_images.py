@@ -7,26 +7,18 @@ import pytest
 import torch
 from commands import command
 from PIL import Image
-from safetensors.torch import load_file
 
 from cascade import load_image
 from model import CascadeError
-from text_encoder import clip_preprocess
 
-FEW = {"steps": 3, "decoder_steps": 2}
 ORIENTATION = 0x0112
+LOSSLESS = ["PNG", "BMP", "TIFF"]
+FORMATS = [*LOSSLESS, "GIF", "JPEG", "WEBP"]
 
 
-@pytest.fixture(scope="module")
-def image(tmp_path_factory):
-    path = tmp_path_factory.mktemp("images") / "a.png"
-    noise(120, 100).save(path)
-    return path
-
-
-def noise(width, height, mode="RGB"):
+def noise(width, height):
     values = np.random.default_rng(width).integers(0, 256, (height, width, 3), np.uint8)
-    return Image.fromarray(values).convert(mode)
+    return Image.fromarray(values)
 
 
 def saved(format, image, **options):
@@ -37,28 +29,26 @@ def saved(format, image, **options):
 
 
 # ------------------------------------------------------------------------------ opening
-@pytest.mark.parametrize("format, exact", [
-    ("PNG", True), ("BMP", True), ("TIFF", True), ("GIF", False), ("JPEG", False), ("WEBP", False)])
-def test_a_format_is_recognised_by_its_bytes(tmp_path, format, exact):
-    noise(40, 30).save(tmp_path / "a.dat", format)
-    opened = np.asarray(load_image(tmp_path / "a.dat")).astype(int)
-    assert np.abs(opened - np.asarray(noise(40, 30))).max() <= (0 if exact else 255)
-    assert opened.shape == (30, 40, 3)
+def test_a_format_is_recognised_by_its_bytes(tmp_path):
+    for format in FORMATS:
+        (tmp_path / "a.dat").write_bytes(saved(format, noise(40, 30)))
+        opened = load_image(tmp_path / "a.dat")
+        assert opened.size == (40, 30)
+        assert format not in LOSSLESS or np.array_equal(opened, noise(40, 30)), format
 
 
-@pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK", "YCbCr", "PA", "HSV"])
-def test_other_colour_spaces_become_rgb(mode):
-    opened = load_image(noise(20, 10).convert("P" if mode == "PA" else mode).convert(mode))
-    assert opened.mode == "RGB" and opened.size == (20, 10)
+def test_other_colour_spaces_become_rgb():
+    for mode in ("L", "1", "P", "CMYK", "YCbCr", "PA", "HSV"):
+        opened = load_image(noise(20, 10).convert("P" if mode == "PA" else mode).convert(mode))
+        assert opened.mode == "RGB" and opened.size == (20, 10), mode
 
 
-@pytest.mark.parametrize("orientation, turns", [(1, 0), (3, 2), (6, 3), (8, 1), (9, 0)])
-def test_an_image_is_turned_upright(tmp_path, orientation, turns):
-    exif = Image.Exif()
-    exif[ORIENTATION] = orientation
-    noise(40, 30).save(tmp_path / "a.png", exif=exif)
-    opened = np.asarray(load_image(tmp_path / "a.png"))
-    assert np.array_equal(opened, np.rot90(np.asarray(noise(40, 30)), turns))
+def test_an_image_is_turned_upright(tmp_path):
+    for orientation, turns in ((1, 0), (3, 2), (6, 3), (8, 1), (9, 0)):
+        exif = Image.Exif()
+        exif[ORIENTATION] = orientation
+        noise(40, 30).save(tmp_path / "a.png", exif=exif)
+        assert np.array_equal(load_image(tmp_path / "a.png"), np.rot90(noise(40, 30), turns))
 
 
 def test_transparent_pixels_become_white(tmp_path):
@@ -67,8 +57,7 @@ def test_transparent_pixels_become_white(tmp_path):
     for image in (Image.fromarray(values), Image.fromarray(values[..., [0, 3]], "LA")):
         opened = np.asarray(load_image(image))
         assert (opened[:2] == 0).all() and (opened[2:] == 255).all()
-    palette = noise(8, 8).convert("P")
-    palette.save(tmp_path / "a.png", transparency=bytes(256))
+    noise(8, 8).convert("P").save(tmp_path / "a.png", transparency=bytes(256))
     assert (np.asarray(load_image(tmp_path / "a.png")) == 255).all()
 
 
@@ -95,20 +84,18 @@ BAD = {
 def test_a_bad_image_is_refused_in_one_line(tmp_path, monkeypatch, name):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10 ** 6)
     (tmp_path / "bad.png").write_bytes(BAD[name])
-    with pytest.raises(CascadeError, match=r"bad\.png: .*expected") as error:
+    with pytest.raises(CascadeError, match=r"\A.*bad\.png: .*expected.*\Z"):  # . is no line end
         load_image(tmp_path / "bad.png")
-    assert len(str(error.value).splitlines()) == 1
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+@pytest.mark.parametrize("format", FORMATS)
 def test_a_damaged_image_is_refused_or_opened(tmp_path, format):
     rng = np.random.default_rng(0)
     for _ in range(20):
-        data = bytearray(saved(format, noise(20, 15)))
-        for i in rng.integers(0, min(len(data), 200), 4):
-            data[i] = rng.integers(0, 256)
-        (tmp_path / "a.png").write_bytes(data[:rng.integers(1, 2 * len(data))])
+        data = np.frombuffer(saved(format, noise(20, 15)), np.uint8).copy()
+        data[rng.integers(0, min(len(data), 200), 4)] = rng.integers(0, 256, 4)
+        (tmp_path / "a.png").write_bytes(data[:rng.integers(1, 2 * len(data))].tobytes())
         try:
             assert load_image(tmp_path / "a.png").mode == "RGB"
         except CascadeError as error:
@@ -125,119 +112,59 @@ def test_what_is_no_image_file_is_refused(tmp_path):
 
 
 def test_a_single_pixel_is_an_image(pipeline):
-    pixel = Image.new("RGB", (1, 1), (255, 0, 0))
-    assert clip_preprocess(pixel, 30).shape == (3, 30, 30)
-    assert pipeline.encode_semantic(pixel).shape == (1, 16, 3, 3)
+    assert pipeline.encode_image(noise(1, 1)).shape == (1, 24)
+    assert pipeline.encode_semantic(noise(1, 1)).shape == (1, 16, 3, 3)
 
 
-# ------------------------------------------------------------------------------ variations
-def test_one_or_several_reference_images_change_the_latents(pipeline, image):
-    other = noise(64, 200)
-    runs = [pipeline.prior("a star", steps=2, variation_images=images)
-            for images in (None, [image], [image, other], [other, image])]
-    assert all(run.shape == (1, 16, 3, 3) for run in runs)
-    assert all((a - b).abs().max() > 1e-3 for i, a in enumerate(runs[:3]) for b in runs[:i])
-    assert (runs[2] - runs[3]).abs().max() < 1e-5 * runs[2].abs().max()  # attention has no order
+# ------------------------------------------------------------------------------ image inputs
+def test_reference_images_change_the_latents_in_whatever_form_and_order(pipeline, place):
+    other, embedding = noise(64, 200), pipeline.encode_image("a.png")
+    assert embedding.shape == (1, 24)
+    forms = [None, "a.png", place / "a.png", [load_image("a.png")], embedding,
+             ["a.png", other], [other, "a.png"]]
+    none, one, *same_as_one, two, swapped = (
+        pipeline.prior("a star", steps=2, variation_images=images) for images in forms)
+    assert all((a - b).abs().max() > 1e-3 for a, b in ((none, one), (one, two), (none, two)))
+    assert all(torch.equal(one, same) for same in same_as_one)
+    assert (two - swapped).abs().max() < 1e-5 * two.abs().max()  # attention has no order
 
 
-def test_an_image_alone_in_a_list_or_as_embeddings_is_the_same(pipeline, image):
-    embeddings = pipeline.encode_image(image)
-    assert embeddings.shape == (1, 24)
-    runs = [pipeline.prior("a star", steps=2, variation_images=images)
-            for images in (image, [image], str(image), load_image(image), embeddings)]
-    assert all(torch.equal(run, runs[0]) for run in runs)
-
-
-def test_reference_images_need_no_prompt_and_serve_all_prompts(pipeline, image):
-    assert pipeline(variation_images=[image], output="pt", **FEW).shape == (1, 3, 128, 128)
-    both = pipeline(["a star", ""], variation_images=[image], output="pt", seed=3, **FEW)
-    alone = pipeline("", variation_images=[image], output="pt", seed=4, **FEW)
-    assert torch.allclose(both[1:], alone, atol=1e-5)
-
-
-# ------------------------------------------------------------------------------ image to image
-def test_an_image_is_encoded_as_the_network_does_it(pipeline, image):
-    latent = pipeline.encode_semantic(image, width=128, height=128)
-    assert latent.shape == (1, 16, 3, 3) and latent.dtype == torch.float32
-    assert pipeline.encode_semantic(image, width=200, height=90).shape == (1, 16, 3, 5)
-    pixels = torch.from_numpy(np.array(noise(96, 96))).permute(2, 0, 1)[None] / 255
-    small = torch.nn.functional.interpolate(pixels, (96, 96), mode="bilinear", antialias=True)
+def test_an_initial_image_is_encoded_as_the_network_does_it(pipeline):
+    assert pipeline.encode_semantic(noise(120, 100), width=200, height=90).shape == (1, 16, 3, 5)
+    pixels = torch.from_numpy(np.array(noise(96, 96))).permute(2, 0, 1)[None] / 255  # 32 * 3 a side
     latent = pipeline.encode_semantic(noise(96, 96), width=96, height=96)
-    assert torch.allclose(latent, pipeline.network("effnet_encoder")(small), atol=1e-5)
-
-
-def test_a_low_strength_stays_near_the_image(pipeline, image):
-    z = pipeline.encode_semantic(image)
-    near, far, same = (
-        pipeline.prior("a star", steps=20, init_image=start, strength=strength, guidance=1.0)
-        for start, strength in ((image, 0.1), (image, 0.9), (z, 0.1)))
-    assert (near - z).abs().mean() < (far - z).abs().mean() and torch.equal(near, same)
-
-
-def test_the_halves_of_image_to_image_give_what_the_whole_gives(pipeline, image):
-    start = {"init_image": image, "strength": 0.7}
-    whole = pipeline("a star", steps=5, decoder_steps=2, output="pt", **start)
-    latents = pipeline.prior("a star", steps=5, **start)
-    halves = pipeline.decode(latents, "a star", steps=2, prior_steps=3, output="pt")
-    assert torch.equal(whole, halves)
+    assert torch.allclose(latent, pipeline.network("effnet_encoder")(pixels), atol=1e-5)
+    from_image, from_latent = (
+        pipeline.prior(init_image=start, width=96, height=96) for start in (noise(96, 96), latent))
+    assert torch.equal(from_image, from_latent)
 
 
 def test_recipes_reach_both_stages(pipeline):
-    runs = {name: pipeline("a star", output="latent", recipe=name, **FEW)
-            for name in ("diffusers", "original", "lcm")}
-    assert torch.equal(runs["diffusers"], pipeline("a star", output="latent", **FEW))
-    for name in ("original", "lcm"):
-        assert (runs["diffusers"] - runs[name]).abs().max() > 1e-3
+    def decode(**options):
+        return pipeline.decode(latents, "a star", steps=2, output="latent", **options)
+
     latents = pipeline.prior("a star", steps=3)
-    options = {"steps": 2, "output": "latent", "recipe": "original"}
+    for recipe in ("original", "lcm"):
+        assert (pipeline.prior("a star", steps=3, recipe=recipe) - latents).abs().max() > 1e-3
+        assert (decode(recipe=recipe, guidance=0.0) - decode()).abs().max() > 1e-3
     unguided, default, guided = (
-        pipeline.decode(latents, "a star", guidance=scale, **options) for scale in (0.0, None, 1.1))
+        decode(recipe="original", guidance=scale) for scale in (0.0, None, 1.1))
     assert torch.equal(default, guided) and not torch.allclose(unguided, guided, atol=1e-4)
 
 
 # ------------------------------------------------------------------------------ the command
-@pytest.mark.parametrize("options", [
-    "--variation-image IMAGE --variation-image IMAGE", "--variation-image IMAGE prompt",
-    "prompt --init-image IMAGE --strength 0.6", "--init-image IMAGE"])
-def test_the_command_takes_images(folder, image, tmp_path, options):
-    output = tmp_path / "b.png"
-    command(*options.replace("IMAGE", str(image)).split(), "--weights", folder, "-o", output,
-            "--steps", 4, "--decoder-steps", 1)
-    with Image.open(output) as drawn:
-        assert drawn.size == (128, 128)
-        assert drawn.text["prompts"] == ("prompt" if "prompt" in options else "")
-        count = options.count("--variation-image")
-        assert drawn.text.get("variation_image") == (str(["a.png"] * count) if count else None)
-        strength = "0.6" if "0.6" in options else "0.8" if "--init-image" in options else None
-        assert drawn.text.get("strength") == strength
+def test_the_command_says_how_good_a_reconstruction_is(place, folder, monkeypatch, capsys):
+    for _ in range(2):  # then a perfect one
+        command("--reconstruct", "a.png", "--weights", folder, "--decoder-steps", 1)
+        said = capsys.readouterr().out
+        assert all(part in said for part in ("49152", "144", "341 times fewer", "PSNR"))
+        Image.new("RGB", (128, 128)).save("a.png")
+        monkeypatch.setattr("cascade.decode_images", lambda *given: np.zeros((1, 128, 128, 3)))
 
 
-def test_the_command_reconstructs_and_says_how_well(folder, image, tmp_path, capsys):
-    source = ["--weights", folder, "--reconstruct", image]
-    command(*source, "--seed", 3, "-o", tmp_path / "a.safetensors")
-    assert load_file(tmp_path / "a.safetensors")["latents"].shape == (1, 16, 3, 3)
-    few = ["--decoder-steps", 2, "--weights", folder]
-    command("--latents", tmp_path / "a.safetensors", *few, "-o", tmp_path / "half.png")
-    assert capsys.readouterr().out == ""
-    command(*source, "--seed", 3, *few, "-o", tmp_path / "whole.png")
-    assert capsys.readouterr().out.startswith("49152 numbers -> 144, 341 times fewer -> image; PSNR ")
-    assert (tmp_path / "half.png").read_bytes() == (tmp_path / "whole.png").read_bytes()
-    with Image.open(tmp_path / "whole.png") as drawn:
-        assert drawn.text["reconstruct"] == "a.png"
-        assert not {"steps", "guidance", "strength", "negative"} & set(drawn.text)
-
-
-def test_a_perfect_reconstruction_is_no_error(folder, tmp_path, monkeypatch):
-    black = np.zeros((1, 128, 128, 3), np.float32)
-    monkeypatch.setattr("cascade.decode_images", lambda *given: black)
-    Image.new("RGB", (128, 128)).save(tmp_path / "black.png")
-    command("--reconstruct", tmp_path / "black.png", "--weights", folder, "-o", tmp_path / "a.png")
-
-
-def test_the_command_saves_a_preview_of_every_step(folder, tmp_path):
-    (tmp_path / "steps").mkdir()
-    command("a star", "--weights", folder, "--previews", tmp_path / "steps", "--steps", 3,
-            "--decoder-steps", 1, "--images", 2, "-o", tmp_path / "a.png")
-    previews = sorted((tmp_path / "steps").iterdir())
+def test_the_command_saves_a_preview_of_every_step(place, folder):
+    few = ["--steps", 3, "--decoder-steps", 1, "--images", 2]
+    command("a star", "--weights", folder, "--previews", ".", *few, "-o", "b.png")
+    previews = sorted(place.glob("step*"))
     assert [path.name for path in previews] == ["step-001.png", "step-002.png", "step-003.png"]
     assert {Image.open(path).size for path in previews} == {(48, 24)}

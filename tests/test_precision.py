@@ -97,7 +97,8 @@ def run_all(dtype):
     def empty(*shape, dtype=dtype):
         return torch.empty(shape, device="meta", dtype=dtype)
 
-    ids, r, x, z = empty(2, 77, dtype=torch.int64), empty(2, dtype=FP32), empty(2, 16, 3, 4), empty(2, 4, 22, 18)
+    ids, r = empty(2, 77, dtype=torch.int64), empty(2, dtype=FP32)
+    x, z = empty(2, 16, 3, 4), empty(2, 4, 22, 18)
     stage_c, stage_b, stage_a = (networks[f"stage_{letter}"] for letter in "cba")
     hidden, pooled = networks["text_encoder"](ids, ids)
     embedding = networks["image_encoder"](empty(2, 3, IMAGE.side, IMAGE.side))

@@ -10,76 +10,83 @@ from safetensors.torch import load_file, save_file
 
 from model import Weights
 
-MADE = ["a red circle", "a stär", "--images", 2, "--seed", 9, "--steps", 2, "--negative", "blue", *SMALL]
+SETTINGS = {
+    "prompts": "", "negative": "", "width": "64", "height": "64", "seed": "0", "steps": "4",
+    "guidance": "4.0", "guidance_interval": "[0.0, 1.0]", "recipe": "diffusers", "decoder_steps": "1",
+    "decoder_guidance": "0.0", "version": "2"}
+STAGE_C_ONLY = ("negative", "steps", "guidance", "guidance_interval")
+RUNS = {
+    "one stär --negative blue --images 3 --seed 9": {  # the last of six images
+        "prompts": "stär", "negative": "blue", "seed": "14"},
+    "--variation-image a.png --variation-image a.png": {"variation_image": "['a.png', 'a.png']"},
+    "one two --variation-image a.png": {
+        "prompts": "two", "variation_image": "['a.png']", "seed": "1"},
+    "one --init-image a.png --strength 0.6": {
+        "prompts": "one", "init_image": "a.png", "strength": "0.6"},
+    "--init-image a.png --recipe original": {
+        "init_image": "a.png", "strength": "0.8", "recipe": "original", "decoder_guidance": "1.1"},
+    "--reconstruct a.png --seed 3": {
+        "reconstruct": "a.png", "seed": "3"} | dict.fromkeys(STAGE_C_ONLY)}
 
 
-@pytest.fixture(scope="module")
-def latents(folder, tmp_path_factory):
-    path = tmp_path_factory.mktemp("latents") / "a.safetensors"
-    command(*MADE, "--weights", folder, "-o", path)
-    return path
+def texts(path):
+    """The metadata of an image of the expected size, without its networks."""
+    with Image.open(path) as image:
+        assert image.size == (64, 64)
+        found = dict(image.text)
+    networks = eval(found.pop("networks"))
+    assert networks["stage_b"] == "stage_b.safetensors, cpu, torch.float32"
+    return found
 
 
-@pytest.fixture
-def decode(folder, latents, tmp_path):
-    """Decodes the saved latents with a changed record or other tensors; returns the refusal."""
-    def run(text, tensors=None, function=refused, options=()):
-        path = tmp_path / "changed.safetensors"
-        save_file(tensors or load_file(latents), path, {"cascade": text} if text is not None else None)
-        arguments = ["--latents", path, "--weights", folder, "-o", tmp_path / "a.png", *options]
-        return function(*([tmp_path] if function is refused else []), *arguments, "--decoder-steps", 1)
-    return run
-
-
-def record(latents):
-    return json.loads(Weights(latents).metadata["cascade"])
-
-
-def test_images_and_latents_say_what_they_were_made_with(folder, latents, tmp_path):
+@pytest.mark.parametrize("run", RUNS)
+def test_images_and_latents_say_what_they_were_made_with(place, folder, run):
+    steps = [] if "--reconstruct" in run else ["--steps", 4]
+    made = [*run.split(), *SMALL, *steps, "--weights", folder]
     few = ["--weights", folder, "--decoder-steps", 1]
-    command(*MADE, *few, "-o", tmp_path / "a.png")
-    command("--latents", latents, *few, "-o", tmp_path / "b.png")
-    for i in range(4):
-        assert (tmp_path / f"a-{i}.png").read_bytes() == (tmp_path / f"b-{i}.png").read_bytes()
-        with Image.open(tmp_path / f"a-{i}.png") as image:
-            said = dict(image.text)
-            assert image.size == (64, 64)
-        networks = eval(said.pop("networks"))
-        assert networks["stage_b"] == "stage_b.safetensors, cpu, torch.float32"
-        assert said == {
-            "prompts": ("a red circle", "a stär")[i // 2], "negative": "blue", "width": "64",
-            "height": "64", "seed": str(9 + i), "recipe": "diffusers", "steps": "2",
-            "guidance": "4.0", "guidance_interval": "[0.0, 1.0]", "decoder_steps": "1",
-            "decoder_guidance": "0.0", "version": "2"}
+    command(*made, "--decoder-steps", 1, "-o", "whole.png")
+    command(*made, "-o", "half.safetensors")
+    command("--latents", "half.safetensors", *few, "-o", "half.png")
+    wholes, halves = sorted(place.glob("whole*")), sorted(place.glob("half*.png"))
+    assert [path.read_bytes() for path in wholes] == [path.read_bytes() for path in halves]
+    expected = SETTINGS | RUNS[run]
+    assert texts(halves[-1]) == {name: text for name, text in expected.items() if text is not None}
 
 
-def test_saved_latents_are_decoded_by_the_recipe_that_made_them(folder, tmp_path):
-    Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
-    made = ["a star", "--init-image", tmp_path / "red.png", "--recipe", "original", *SMALL]
-    few = ["--weights", folder, "--decoder-steps", 2]
-    command(*made, *few, "-o", tmp_path / "whole.png")
-    command(*made, *few[:2], "-o", tmp_path / "half.safetensors")
-    command("--latents", tmp_path / "half.safetensors", *few, "-o", tmp_path / "half.png")
-    assert (tmp_path / "whole.png").read_bytes() == (tmp_path / "half.png").read_bytes()
-    with Image.open(tmp_path / "half.png") as image:
-        assert image.text["decoder_guidance"] == "1.1" and image.text["init_image"] == "red.png"
-
-
-def test_the_bytes_depend_neither_on_the_folder_nor_on_the_time(folder, tmp_path, monkeypatch):
-    Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
+def test_the_bytes_depend_neither_on_the_folder_nor_on_the_time(place, folder, monkeypatch):
     images = []
-    for place, red in ((tmp_path, "red.png"), (tmp_path.parent, tmp_path / "red.png")):
-        monkeypatch.chdir(place)
-        weights = os.path.relpath(folder)
-        command("--variation-image", red, *FEW, "--weights", weights, "-o", "a.png")
-        images.append((place / "a.png").read_bytes())
+    for here, red in ((place, "a.png"), (place.parent, place / "a.png")):
+        monkeypatch.chdir(here)
+        command("--variation-image", red, *FEW, "--weights", os.path.relpath(folder), "-o", "b.png")
+        images.append((here / "b.png").read_bytes())
     assert images[0] == images[1]
 
 
 # ------------------------------------------------------------------------------ reading
+@pytest.fixture(scope="module")
+def latents(folder, tmp_path_factory):
+    path = tmp_path_factory.mktemp("latents") / "a.safetensors"  # of two images for each of two prompts
+    command("a", "b", "--images", 2, "--seed", 9, *FEW[:2], *SMALL, "--weights", folder, "-o", path)
+    return path
+
+
+@pytest.fixture
+def decode(folder, latents, place):
+    """Decodes the saved latents with a changed record or other tensors."""
+    def run(text, tensors=None, expected="expected"):
+        metadata = None if text is None else {"cascade": text}
+        save_file(tensors or load_file(latents), "changed.safetensors", metadata)
+        arguments = ["--latents", "changed.safetensors", "--decoder-steps", 1, "--weights", folder]
+        if expected:
+            refused(arguments, "changed.safetensors: ", expected)
+        else:
+            command(*arguments)
+    return run
+
+
 def test_metadata_that_is_no_record_is_refused(decode):
-    for text in [None, "", "{", "[]", "null", "{}", "3", '"a"', "[[1]]", '{"version": 2}', "[" * 10 ** 5]:
-        assert "changed.safetensors: expected" in decode(text)
+    for text in [None, "", "{", "[]", "null", "{}", "3", '"a"', "[[1]]", '{"version": 2}', "[" * 99_999]:
+        decode(text)
 
 
 WRONG = {
@@ -96,26 +103,23 @@ WRONG = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_a_record_is_read_strictly(decode, latents, name):
+    record = json.loads(Weights(latents).metadata["cascade"])
     for value in WRONG[name]:
-        line = decode(json.dumps(record(latents) | {name: value}))
-        assert "changed.safetensors: " in line and "expected" in line, value
-    less = record(latents)
-    less.pop(name, None)
-    if name != "colour":
-        assert "changed.safetensors: expected" in decode(json.dumps(less))
+        decode(json.dumps(record | {name: value}))
+    if name in record:
+        record.pop(name)
+        decode(json.dumps(record))
 
 
 def test_only_the_latents_of_the_record_are_decoded(decode, latents):
-    text, z = json.dumps(record(latents)), load_file(latents)["latents"]
+    text, z = Weights(latents).metadata["cascade"], load_file(latents)["latents"]
     for wrong in (z[:3], z[0], z[:, :4], z[..., :1], z.int(), z * torch.nan, z.to(torch.complex64)):
-        assert "changed.safetensors: latents: expected" in decode(text, {"latents": wrong.contiguous()})
-    assert "tensor latents is missing" in decode(text, {"other": z})
-    assert decode(text, {"latents": z.half()}, command) == []
+        decode(text, {"latents": wrong.contiguous()}, "latents: expected")
+    decode(text, {"other": z}, "tensor latents is missing")
+    decode(text, {"latents": z.half()}, expected="")
 
 
-def test_what_is_no_file_of_latents_is_refused(folder, tmp_path):
-    os.mkfifo(tmp_path / "pipe.safetensors")
-    (tmp_path / "text.safetensors").write_text("something else")
-    for path in (tmp_path / "nowhere", tmp_path, tmp_path / "pipe.safetensors",
-                 tmp_path / "text.safetensors", folder / "stage_a.safetensors"):
-        assert str(path) in refused(tmp_path, "--latents", path, "-o", tmp_path / "a.png")
+def test_what_is_no_file_of_latents_is_refused(place, folder):
+    os.mkfifo("pipe")
+    for path in ("nowhere", ".", "pipe", "a.png", folder / "stage_a.safetensors"):
+        refused(["--latents", path, "-o", "b.png"], f"{path}: ")

@@ -3,8 +3,8 @@
 A claim is a comment after a statement that begins with a bracket and a size, `# (B, H, W, C)` or `# (C, C) each`; or, in
 the docstring of a function, the one shape before `->`, which is that of its first tensor argument, and the shapes after
 it, which are those of its result. A letter is bound to the number at which it first stands alone within a call; a sum of
-letters may bind its last unknown one; variables have their values; other words are like letters. Every other size must then be equal. `or` separates
-alternatives, each of which must be seen. Not checked: the comments of a dataclass's fields.
+letters may bind its last unknown one; variables have their values; other words are like letters. Every other size must
+then be equal. `or` separates alternatives, each of which must be seen. Not checked: the comments of a dataclass's fields.
 """
 import ast
 import io
@@ -224,34 +224,23 @@ def watch(tmp_path_factory):
     return watch
 
 
-def functions_of(watch, file):
-    return [(claims, watch.calls[function]) for function, claims in watch.claims.items() if function[0] == file]
+def test_every_shape_next_to_the_code_is_true(watch):
+    wrong = []
+    for function, claims in watch.claims.items():
+        wrong += [f"{function[0]} {line}" for line in complaints(claims, watch.calls[function])]
+    assert {file for file, *_ in watch.claims} == set(FILES) and not wrong, "\n".join(wrong)
 
 
-EACH_FILE = pytest.mark.parametrize("file", FILES, ids=lambda file: Path(file).name)
-
-
-@EACH_FILE
-def test_every_shape_next_to_the_code_is_true(watch, file):
-    wrong = [line for claims, calls in functions_of(watch, file) for line in complaints(claims, calls)]
-    assert functions_of(watch, file) and not wrong, "\n".join(wrong)
-
-
-@EACH_FILE
-def test_every_altered_size_is_rejected(watch, file):
-    for claims, calls in functions_of(watch, file):
+def test_every_altered_size_is_rejected(watch):
+    for function, claims in watch.claims.items():
         for i, claim in enumerate(claims):
             for other in claim.altered():
-                assert complaints([*claims[:i], other, *claims[i + 1:]], calls), f"{claim} could say {other.shapes}"
+                altered = [*claims[:i], other, *claims[i + 1:]]
+                assert complaints(altered, watch.calls[function]), f"{claim} could say {other.shapes}"
 
 
-def test_a_claim_that_is_never_reached_is_rejected(watch):
-    assert all(len(complaints(claims, {})) == len(claims) for claims in watch.claims.values())
-
-
-@EACH_FILE
-def test_every_letter_is_in_the_legend(watch, file):
-    sizes = str([claim.shapes for claims, _ in functions_of(watch, file) for claim in claims])
+def test_every_letter_is_in_the_legend(watch):
+    sizes = str([claim.shapes for claims in watch.claims.values() for claim in claims])
     legend = model.__doc__.split("Letters in shape comments")[1].split("\n\nInside")[0]
     used, explained = (set(re.findall(rf"\b{LETTER}\b", text)) for text in (sizes, legend))
     assert used and used <= explained
@@ -267,6 +256,6 @@ def test_a_wrong_claim_is_rejected(tmp_path, claim, why):
     watch, names = Watch([str(path)]), {}
     exec(compile(path.read_text(), str(path), "exec"), names)
     watch.follow(names["f"], torch.zeros(3, 4))
-    (claims, calls), = functions_of(watch, str(path))
+    (claims,), (calls,) = watch.claims.values(), watch.calls.values()
     found = " ".join(complaints(claims, calls))
     assert bool(found) == bool(why) and why in found

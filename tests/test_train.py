@@ -26,38 +26,21 @@ def train(folder, *stages):
     return output.getvalue()
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("train")
-    return folder, train(folder, "all")
-
-
 LOSSES = {"clip": "caption", "a": "mse", "encoder": "image", "b": "noise", "c": "noise", "previewer": "mse"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", LOSSES)
-def test_the_loss_of_every_stage_falls(trained, stage):
-    losses = re.findall(rf"^{stage} \d+/\d+ .*?{LOSSES[stage]} ([\d.]+)", trained[1], re.MULTILINE)
-    assert float(losses[-1]) < (0.98 if stage == "clip" else 0.9) * float(losses[0]), losses
-
-
-@pytest.mark.slow
-def test_a_finished_stage_is_not_trained_again_and_gives_the_same_file(trained):
-    folder, _ = trained
-    before = (folder / "tiny" / "stage_a.safetensors").read_bytes()
-    assert "continues at step" in train(folder, "a")
-    assert (folder / "tiny" / "stage_a.safetensors").read_bytes() == before
-
-
-@pytest.mark.slow
-def test_the_command_draws_with_what_was_trained(trained):
-    folder, _ = trained
-    few = ["--steps", 2, "--decoder-steps", 2, "--weights", folder / "tiny"]
-    command("a red circle", *few, "-o", folder / "image.png")
-    previews = {path.stem for path in (folder / "work").glob("*.png")}
-    assert (folder / "image.png").stat().st_size > 1000
+def test_a_quick_run_trains_every_stage_once_and_its_files_draw(tmp_path):
+    output = train(tmp_path, "all")
+    for stage, name in LOSSES.items():
+        losses = re.findall(rf"^{stage} \d+/\d+ .*?{name} ([\d.]+)", output, re.MULTILINE)
+        assert float(losses[-1]) < (0.98 if stage == "clip" else 0.9) * float(losses[0]), stage
+    previews = {path.stem for path in (tmp_path / "work").glob("*.png")}
     assert previews == {"a", "encoder", "b", "previewer"}
+    before = contents(tmp_path / "tiny")
+    assert "continues at step" in train(tmp_path, "a") and contents(tmp_path / "tiny") == before
+    few = ["--steps", 2, "--decoder-steps", 2, "--weights", tmp_path / "tiny"]
+    command("a red circle", *few, "-o", tmp_path / "image.png")
 
 
 def test_a_cache_belongs_to_a_number_of_batches_and_to_the_content_of_a_file(tmp_path):
@@ -89,33 +72,31 @@ def test_a_quick_run_never_writes_into_the_trained_weights(monkeypatch, tmp_path
 
 
 # ------------------------------------------------------------------------------ wire.py
-UNETS = {"b": train_tiny.STAGE_B, "c": train_tiny.STAGE_C}
-
-
-def wired(name):
+@pytest.fixture(params=["stage_b", "stage_c"])
+def wired(request):
+    """A wired network, clean latents x0 of its stage, and their condition."""
     torch.manual_seed(0)
-    x0 = torch.randn(4, 4, 32, 32) if name == "b" else torch.randn(4, 16, 3, 3)
     condition = {"clip_text_pooled": torch.randn(4, 1, 128)}
-    condition |= {"effnet": torch.randn(4, 16, 3, 3)} if name == "b" else {"clip_text": torch.randn(4, 77, 128)}
-    return wire(UNet(UNETS[name])), x0, condition
+    if request.param == "stage_b":
+        condition["effnet"] = torch.randn(4, 16, 3, 3)
+        return wire(UNet(train_tiny.STAGE_B)), torch.randn(4, 4, 32, 32), condition
+    condition["clip_text"] = torch.randn(4, 77, 128)
+    return wire(UNet(train_tiny.STAGE_C)), torch.randn(4, 16, 3, 3), condition
 
 
-@pytest.mark.parametrize("name", UNETS)
-def test_a_wired_network_predicts_x0_as_0_before_it_learns(name):
+def test_a_wired_network_predicts_x0_as_0_before_it_learns(wired):
     """So eps is x / sqrt(1 - a), as far as it matters: an error counts as the error that it causes in x0."""
-    unet, x0, condition = wired(name)
+    unet, x0, condition = wired
     for t, allowed in ((1.0, 0.4), (0.95, 0.04), (0.7, 0.015), (0.4, 0.03)):
         a = alpha_bar(torch.tensor(t))
         x = a.sqrt() * x0 + (1 - a).sqrt() * torch.randn_like(x0)
-        with torch.no_grad():
-            eps = unet(x, torch.full((4,), t), **condition)
+        eps = unet(x, torch.full((4,), t), **condition)
         error = (eps - x / (1 - a).sqrt()) * ((1 - a) / a).sqrt()
         assert error.square().mean().sqrt() < allowed, t
 
 
-@pytest.mark.parametrize("name", UNETS)
-def test_the_wired_weights_stay_and_the_others_learn(name):
-    unet, x0, condition = wired(name)
+def test_the_wired_weights_stay_and_the_others_learn(wired):
+    unet, x0, condition = wired
     before = {key: value.clone() for key, value in unet.state_dict().items() if value.dim() > 1}
     optimizers = train_tiny.muon(unet, 2e-3)
     for _ in range(3):

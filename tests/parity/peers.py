@@ -3,12 +3,10 @@ import torch
 from diffusers import (DDPMWuerstchenScheduler, StableCascadeCombinedPipeline, StableCascadePriorPipeline,
                        StableCascadeUNet)
 from diffusers.pipelines.deprecated.wuerstchen.modeling_paella_vq_model import PaellaVQModel
-from tiny import file_name, to_diffusers
+from tiny import to_diffusers
 from transformers import (CLIPImageProcessorPil, CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer,
                           CLIPVisionConfig, CLIPVisionModelWithProjection)
 
-import text_encoder
-from model import load
 from text_encoder import CLIP_MEAN, CLIP_STD
 
 BLOCKS = {"R": "SDCascadeResBlock", "T": "SDCascadeTimestepBlock", "A": "SDCascadeAttnBlock"}
@@ -45,31 +43,30 @@ def diffusers_stage_a(stage_a):
     return peer.eval()
 
 
-def transformer_settings(config):
-    return {"hidden_size": config.width, "intermediate_size": config.hidden, "hidden_act": config.act,
-            "projection_dim": config.projection, "num_hidden_layers": config.layers,
-            "num_attention_heads": config.width // 64}
-
-
-def transformers_text(text):
-    config = text.config
-    peer = CLIPTextModelWithProjection(CLIPTextConfig(
-        **transformer_settings(config), vocab_size=config.vocabulary, max_position_embeddings=config.length,
-        eos_token_id=config.end, bos_token_id=config.end - 1))
-    ours, theirs = text.state_dict(), peer.state_dict()
-    if "text_model.final_layer_norm.weight" not in theirs:  # newer versions drop this level of the name
-        ours = {name.replace("text_model.", ""): tensor for name, tensor in ours.items()}
+def transformers_peer(network, config_class, peer_class, **settings):
+    config = network.config
+    peer = peer_class(config_class(
+        hidden_size=config.width, intermediate_size=config.hidden, hidden_act=config.act,
+        projection_dim=config.projection, num_hidden_layers=config.layers,
+        num_attention_heads=config.width // 64, **settings))
+    ours, theirs = network.state_dict(), peer.state_dict()
+    if not any(name.startswith("text_model.") for name in theirs):  # newer versions drop this level of the name
+        ours = {name.removeprefix("text_model."): tensor for name, tensor in ours.items()}
     found = peer.load_state_dict(ours, strict=False)
     assert not found.unexpected_keys and all("position_ids" in name for name in found.missing_keys), found
     return peer.eval()
 
 
+def transformers_text(text):
+    config = text.config
+    return transformers_peer(
+        text, CLIPTextConfig, CLIPTextModelWithProjection, vocab_size=config.vocabulary,
+        max_position_embeddings=config.length, eos_token_id=config.end, bos_token_id=config.end - 1)
+
+
 def transformers_image(image):
-    config = image.config
-    peer = CLIPVisionModelWithProjection(CLIPVisionConfig(
-        **transformer_settings(config), image_size=config.side, patch_size=config.patch))
-    peer.load_state_dict(image.state_dict())
-    return peer.eval()
+    return transformers_peer(image, CLIPVisionConfig, CLIPVisionModelWithProjection,
+                             image_size=image.config.side, patch_size=image.config.patch)
 
 
 def normalised(pixels):
@@ -92,30 +89,27 @@ def last_hidden(peer, ids, mask):
     return outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0], pooled
 
 
-def open_network(folder, name):
-    return (text_encoder.load if name in text_encoder.NETWORKS else load)(folder / file_name(name))
-
-
-def combined_pipeline(folder):
-    """diffusers' pipeline with the weights of a folder of original files."""
-    text = transformers_text(open_network(folder, "text_encoder"))
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", model_max_length=77)
+def combined_pipeline(cascade, with_stage_a=True):
+    """diffusers' pipeline with the weights, device and type of a Cascade."""
+    torch.set_default_dtype(cascade.dtypes["stage_c"])  # of the networks made here, the largest first
+    prior, decoder = (diffusers_unet(cascade.network(name)) for name in ("stage_c", "stage_b"))
+    text = transformers_text(cascade.network("text_encoder"))
+    vqgan = diffusers_stage_a(cascade.network("stage_a")) if with_stage_a else None
+    torch.set_default_dtype(torch.float32)
+    tokenizer = CLIPTokenizer.from_pretrained(
+        cascade.folder / "tokenizer", model_max_length=text.config.max_position_embeddings)
     pipeline = StableCascadeCombinedPipeline(
-        tokenizer=tokenizer, text_encoder=text, decoder=diffusers_unet(open_network(folder, "stage_b")),
-        scheduler=DDPMWuerstchenScheduler(), vqgan=diffusers_stage_a(open_network(folder, "stage_a")),
-        prior_prior=diffusers_unet(open_network(folder, "stage_c")), prior_text_encoder=text,
-        prior_tokenizer=tokenizer, prior_scheduler=DDPMWuerstchenScheduler())
-    pipeline.set_progress_bar_config(disable=True)
+        tokenizer, text, decoder, DDPMWuerstchenScheduler(), vqgan,
+        prior, text, tokenizer, DDPMWuerstchenScheduler())
+    pipeline.to(cascade.device).set_progress_bar_config(disable=True)
     return pipeline
 
 
-def prior_pipeline(folder):
+def prior_pipeline(cascade):
     """The first half alone, which takes images."""
-    image = open_network(folder, "image_encoder")
+    both, image = combined_pipeline(cascade, with_stage_a=False), cascade.network("image_encoder")
     pipeline = StableCascadePriorPipeline(
-        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer", model_max_length=77),
-        text_encoder=transformers_text(open_network(folder, "text_encoder")),
-        prior=diffusers_unet(open_network(folder, "stage_c")), scheduler=DDPMWuerstchenScheduler(),
+        both.tokenizer, both.text_encoder, both.prior_prior, both.prior_scheduler,
         feature_extractor=image_processor(image.config.side), image_encoder=transformers_image(image))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

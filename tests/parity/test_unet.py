@@ -6,63 +6,64 @@ import pytest
 import torch
 from helpers import assert_same, noise, unet_inputs
 from peers import diffusers_unet
-from tiny import STAGE_B, STAGE_C, randomise, save, to_diffusers
+from tiny import STAGE_B, STAGE_C, randomise, save
 
 from model import CascadeError, UNet, load
 
-C_CONFIGS = {
-    "tiny": STAGE_C,
-    "one group per level, equal widths": replace(
-        STAGE_C, widths=(64, 64), down=("RTA", "RTA"), up=("RTA", "RTA"), down_repeat=(1, 1), up_repeat=(1, 1), c_cond=64),
-    "repeats everywhere": replace(STAGE_C, down_repeat=(3, 2), up_repeat=(2, 3), text_dim=40, image_dim=40),
-    "three levels": replace(
-        STAGE_C, widths=(64, 64, 128), down=("RTA",) * 3, up=("RTA",) * 3, down_repeat=(1, 1, 1), up_repeat=(1, 2, 1))}
-B_CONFIGS = {
-    "tiny": STAGE_B,
-    "repeats everywhere": replace(STAGE_B, down_repeat=(2, 1, 3), up_repeat=(2, 3, 2)),
-    "attention at the second level": replace(
+CONFIGS = {
+    "C": STAGE_C,
+    "C: one group per level, equal widths": replace(
+        STAGE_C, widths=(64, 64), down=("RTA", "RTA"), up=("RTA", "RTA"),
+        down_repeat=(1, 1), up_repeat=(1, 1), c_cond=64),
+    "C: repeats everywhere": replace(
+        STAGE_C, down_repeat=(3, 2), up_repeat=(2, 3), text_dim=40, image_dim=40),
+    "C: three levels": replace(
+        STAGE_C, widths=(64, 64, 128), down=("RTA",) * 3, up=("RTA",) * 3,
+        down_repeat=(1, 1, 1), up_repeat=(1, 2, 1)),
+    "B": STAGE_B,
+    "B: repeats everywhere": replace(STAGE_B, down_repeat=(2, 1, 3), up_repeat=(2, 3, 2)),
+    "B: attention at the second level": replace(
         STAGE_B, widths=(32, 64, 128), down=("RT", "RTARTA", "RTA"), up=("RTARTA", "RTA", "RTRT")),
-    "four levels": replace(
-        STAGE_B, widths=(32, 32, 64, 64), down=("RT", "RT", "RTA", "RTA"), up=("RTA", "RTARTA", "RT", "RTRT"),
-        down_repeat=(1, 1, 1, 1), up_repeat=(3, 3, 2, 2))}
-CONFIGS = [*C_CONFIGS.values(), *B_CONFIGS.values()]
-NAMES = [f"{stage}: {name}" for stage, configs in (("C", C_CONFIGS), ("B", B_CONFIGS)) for name in configs]
+    "B: four levels": replace(
+        STAGE_B, widths=(32, 32, 64, 64), down=("RT", "RT", "RTA", "RTA"),
+        up=("RTA", "RTARTA", "RT", "RTRT"), down_repeat=(1, 1, 1, 1), up_repeat=(3, 3, 2, 2))}
+EACH_CONFIG = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 
-def inputs_of(config, height=4, width=5):
+def inputs_of(config, height=8, width=10):
     """Three rows, with one image; no pixels, which are zeros."""
-    return {**unet_inputs(config, rows=3, height=height, width=width, tokens=11, images=1), "pixels": None}
+    inputs = unet_inputs(config, rows=3, height=height, width=width, tokens=11, images=1)
+    inputs.pop("pixels", None)
+    return inputs
 
 
 @torch.no_grad()
-def assert_same_prediction(unet, ours, theirs=None):
-    theirs = ours if theirs is None else theirs
-    names = {"pixels"} if not unet.config.is_stage_b else set()
-    ours, theirs = ({name: value for name, value in inputs.items() if name not in names} for inputs in (ours, theirs))
-    peer = diffusers_unet(unet)
-    assert_same(unet(**ours), peer(theirs.pop("x"), theirs.pop("r"), **theirs).sample)
+def assert_same_prediction(unet, ours, theirs):
+    x, r, *_ = theirs.values()
+    condition = {name: value for name, value in theirs.items() if name not in ("x", "r")}
+    assert_same(unet(**ours), diffusers_unet(unet)(x, r, **condition).sample)
 
 
 @pytest.mark.parametrize("size", [(3, 3), (5, 7), (8, 6)], ids=str)
-@pytest.mark.parametrize("config", CONFIGS, ids=NAMES)
+@EACH_CONFIG
 def test_a_unet_predicts_what_diffusers_predicts(config, size):
     size = [5 + side for side in size] if config.is_stage_b else size
-    assert_same_prediction(randomise(UNet(config), 1), inputs_of(config, *size))
+    inputs = inputs_of(config, *size)
+    assert_same_prediction(randomise(UNet(config), 1), inputs, inputs)
 
 
-@pytest.mark.parametrize("config, ours, theirs", [
-    (STAGE_C, {"clip_img": noise(3, 3, 24)}, {"clip_img": noise(3, 3, 24)}),
-    (STAGE_C, {"clip_img": noise(3, 24)}, {"clip_img": noise(3, 24)}),
-    (STAGE_C, {"clip_img": None}, {"clip_img": torch.zeros(3, 1, 24)}),
-    (STAGE_B, {"effnet": None}, {"effnet": None}),
-    (STAGE_B, {"pixels": noise(3, 3, 9, 7)}, {"pixels": noise(3, 3, 9, 7)}),
-    (STAGE_B, {"clip_text_pooled": noise(3, 64)}, {"clip_text_pooled": noise(3, 64)[:, None]}),
-    (STAGE_C, {"clip_text_pooled": noise(3, 64)}, {"clip_text_pooled": noise(3, 64)[:, None]})],
-    ids=["several image embeddings", "a flat image embedding", "no image embedding is zeros", "no semantic latent",
-         "pixels", "B: a flat pooled embedding", "C: a flat pooled embedding"])
-def test_a_unet_takes_other_conditions(config, ours, theirs):
-    inputs = inputs_of(config, 8, 10)
-    assert_same_prediction(randomise(UNet(config), 3), inputs | ours, inputs | theirs)
+@pytest.mark.parametrize("config, name, ours, theirs", [
+    (STAGE_C, "clip_img", noise(3, 3, 24), noise(3, 3, 24)),
+    (STAGE_C, "clip_img", noise(3, 24), noise(3, 24)),
+    (STAGE_C, "clip_img", None, torch.zeros(3, 1, 24)),
+    (STAGE_B, "effnet", None, None),
+    (STAGE_B, "pixels", noise(3, 3, 9, 7), noise(3, 3, 9, 7)),
+    (STAGE_B, "clip_text_pooled", noise(3, 64), noise(3, 64)[:, None])],
+    ids=["several image embeddings", "a flat image embedding", "no image embedding is zeros",
+         "no semantic latent", "pixels", "a flat pooled embedding"])
+def test_a_unet_takes_other_conditions(config, name, ours, theirs):
+    inputs = inputs_of(config)
+    assert_same_prediction(randomise(UNet(config), 3), inputs | {name: ours}, inputs | {name: theirs})
 
 
 @torch.no_grad()
@@ -77,23 +78,14 @@ def test_sca_and_crp_of_each_row_reach_it():
     assert (unet(**inputs) - torch.cat(theirs)).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=NAMES)
+@EACH_CONFIG
 def test_both_layouts_load_as_the_same_network(config, tmp_path):
-    unet = randomise(UNet(config), 7)
+    unet, inputs = randomise(UNet(config), 7), inputs_of(config)
     save(unet.state_dict(), tmp_path / "original.safetensors")
-    save(to_diffusers(unet.state_dict()), tmp_path / "diffusers.safetensors")
-    inputs = unet_inputs(config, height=8, width=9)
-    for name in ("original", "diffusers"):
+    diffusers_unet(unet).save_pretrained(tmp_path)
+    for name in "original", "diffusion_pytorch_model":
         loaded = load(tmp_path / f"{name}.safetensors")
         assert loaded.config == config and torch.equal(loaded(**inputs), unet(**inputs))
-
-
-@pytest.mark.parametrize("config", [STAGE_B, STAGE_C], ids=["B", "C"])
-def test_a_file_that_diffusers_saved_loads(tmp_path, config):
-    unet = randomise(UNet(config), 8)
-    diffusers_unet(unet).save_pretrained(tmp_path)
-    loaded = load(tmp_path / "diffusion_pytorch_model.safetensors")
-    assert torch.equal(loaded(**unet_inputs(config)), unet(**unet_inputs(config)))
 
 
 def test_a_stage_c_that_switches_resolution_is_refused(tmp_path):

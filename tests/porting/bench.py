@@ -29,15 +29,12 @@ import torch.nn.functional as F
 TESTS = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS), str(TESTS / "parity")]
 
-import peers
 import tiny
-from diffusers import StableCascadeUNet
 from helpers import OFFICIAL, on_meta, relative_error
 from pages import PERFORMANCE_PAGE, table, write_section
-from transformers import CLIPTextModelWithProjection
 
 import model
-from cascade import DTYPES, tune_process
+from cascade import DTYPES, NETWORKS, tune_process
 
 TITLES = {"stage_a": "Stage A", "stage_b_lite": "Stage B lite, a step",
           "stage_c_lite": "Stage C lite, a step with guidance", "text_encoder": "Text encoder, 2 prompts"}
@@ -54,6 +51,7 @@ def network_on_meta(name, quick):
 
 def write_files(folder, quick, dtype):
     """Random original files, and the same tensors in the diffusers layout beside them."""
+    import peers
     tiny.write_tokenizer(folder / "tokenizer")
     makers = {"text_encoder": peers.transformers_text, "stage_a": peers.diffusers_stage_a}
     for name in TITLES:
@@ -96,7 +94,7 @@ def our_call(name, folder, dtype, inputs, without=""):
         model.scaled_dot_product = F.scaled_dot_product_attention
     if without != "allocator tuning":
         tune_process()
-    network = peers.open_network(folder, name)
+    network = model.load(folder / tiny.file_name(name), networks=NETWORKS)
     if name == "text_encoder":
         return lambda: network(**inputs)[1]
     return partial(network.decode if name == "stage_a" else network, **inputs)
@@ -104,10 +102,11 @@ def our_call(name, folder, dtype, inputs, without=""):
 
 def peer_call(name, folder, dtype, inputs):
     """A function that calls diffusers' or transformers' network on the same inputs."""
+    import peers
     if name == "text_encoder":
-        peer = CLIPTextModelWithProjection.from_pretrained(folder / name, dtype=dtype)
+        peer = peers.CLIPTextModelWithProjection.from_pretrained(folder / name, dtype=dtype)
         return lambda: peer(inputs["ids"], attention_mask=inputs["mask"]).text_embeds[:, None]
-    network = peers.PaellaVQModel if name == "stage_a" else StableCascadeUNet
+    network = peers.PaellaVQModel if name == "stage_a" else peers.StableCascadeUNet
     peer = network.from_pretrained(folder / FOLDERS[name], torch_dtype=dtype).eval()
     if name == "stage_a":
         return lambda: peer.decode(inputs["z"] * peer.config.scale_factor).sample

@@ -1,6 +1,6 @@
 """The operators of every network at its official size, and the numbers of the schedule, found by running the code.
 
-    python tests/porting/operators.py       writes OPERATORS.md and the schedule in PORTING.md
+    python tests/porting/operators.py       writes the tables in OPERATORS.md and the schedule in PORTING.md
 
 The networks run on the meta device in bf16: nothing is computed; shapes and types are those of a real run. An operator
 is what PyTorch's dispatcher sees in inference mode (a linear, an attention), not what it is made of. An operator whose
@@ -175,23 +175,6 @@ def run(title, dtype=BF16):
 
 # ------------------------------------------------------------------------------ the pages
 
-HEAD = """# The operators
-
-Written by `python tests/porting/operators.py`; a test fails when it is out of date. The official networks at the sizes
-of one image of 1024×1024, run on the meta device in bf16. Stage C has two rows (guidance), Stage B one. The figures of
-a line are those of all its calls together.
-
-- A FLOP is a multiplication or an addition of a linear layer, a convolution or an attention; nothing else counts.
-- *Moved*: every operator reads its inputs and weights once and writes its result once; nothing is fused. This is what
-  a port can save by fusing. Views (permute, chunk, most reshapes) are free and not listed; a `flatten` that is listed
-  copies.
-- *Peak*: the activations alive at one time, inputs included; without the weights and the workspace of an operator.
-- Weights and peak are those of bf16; they double in fp32.
-- Attention is one operator here, as on a GPU; in bf16 on a CPU, `attention_by_head` in `model.py` writes it out.
-- *Trap*: what a port easily gets wrong here, read from the operator's arguments and the type of its result.
-"""
-
-
 def detail_table(record):
     """The operators with at least 1 % of the FLOPs or of the bytes and the first of every trap, in order; then all else."""
     total, lines, traps = record.total, [], {""}
@@ -232,9 +215,8 @@ def operators_page():
         images.append([pair, f"{flops / 1e12:.1f}", f"{moved / 1e9:.0f}", f"{weights / 1e9:.2f}"])
     head = ["network", "input", "output", "parameters", "weights, MB", "GFLOP per call",
             "MB moved per call", "largest result", "peak, MB", "calls"]
-    return (f"{HEAD}\n{table(head, summary)}\nOne image in 20 and 10 steps, from the text encoder to the pixels:\n\n"
-            f"{table(['pair', 'TFLOP', 'GB moved', 'weights, GB'], images)}\nBelow: the operators with at least 1 % of "
-            f"a network's FLOPs or bytes, and the first of every trap.\n{details}")
+    images_head = ["one image in 20 and 10 steps", "TFLOP", "GB moved", "weights, GB"]
+    return f"{table(head, summary)}\n{table(images_head, images)}{details}"
 
 
 def schedule():
@@ -254,5 +236,5 @@ def schedule():
 
 
 if __name__ == "__main__":
-    OPERATORS_PAGE.write_text(operators_page(), encoding="utf-8")
+    write_section(OPERATORS_PAGE, "operators", operators_page())
     write_section(PORTING_PAGE, "schedule", schedule())

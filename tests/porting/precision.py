@@ -27,18 +27,6 @@ from cascade import Cascade, to_pillow
 BF16, FP16 = torch.bfloat16, torch.float16
 TIMES = ("r", "sca", "crp")
 PROMPT = "a large red circle on a white background"
-# title in operators.NETWORKS -> the tiny network, and what is fp32 in it beside fp16 weights
-UNET = "feature maps, GRN, convolutions other than 1×1"
-NETWORKS = {
-    "Text encoder": ("text_encoder", "nothing"),
-    "Stage C lite": ("stage_c", UNET),
-    "Stage C": ("stage_c", UNET),
-    "Stage B lite": ("stage_b", UNET),
-    "Stage B": ("stage_b", UNET),
-    "Stage A, decoding": ("stage_a", "nothing"),
-    "Semantic encoder": ("effnet_encoder", "nothing"),
-    "Image encoder": ("image_encoder", "nothing"),
-    "Previewer": ("previewer", "nothing")}
 
 
 def cast(value, dtype):
@@ -139,15 +127,15 @@ def rounded(value):
 
 def precision_table():
     calls, rows = calls_of_the_tiny_cascade(), []
-    for title, (name, kept) in NETWORKS.items():
+    for title, (name, *_) in operators.NETWORKS.items():
         config = {"stage_c": STAGE_C, "stage_b": STAGE_B}.get(name)
         drifts = ["as below"] * 3
         if "lite" not in title:
             drifts = [f"{rounded(random_drift(name, dtype))}, {rounded(tiny_cascade_drift(calls, name, dtype))}"
                       for dtype in (BF16, FP16)]
             drifts.append(rounded(max(overflowing_drift(config, FP16, seed) for seed in range(5))) if config else "")
-        rows.append([title, kept, *drifts, *(memory(title, dtype) for dtype in (torch.float32, BF16, FP16))])
-    head = ["network", "fp32 beside fp16 weights", "drift, bf16", "drift, fp16", "fp16, overflowing",
+        rows.append([title, *drifts, *(memory(title, dtype) for dtype in (torch.float32, BF16, FP16))])
+    head = ["network", "drift, bf16", "drift, fp16", "fp16, overflowing",
             "GB, fp32", "GB, bf16", "GB, fp16"]
     images = ", ".join(f"{image_drift(dtype):.1f} in {dtype}" for dtype in ("bf16", "fp16"))
     return f"{table(head, rows)}\nImages of the tiny cascade, mean difference from fp32, of 255: {images}.\n"

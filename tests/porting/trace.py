@@ -33,7 +33,7 @@ Values are fp32, whatever the type of the run. Between the blocks of the UNets a
 (B, H, W, C); latents, noise and pixels, and so embedding.in, clf.out and out_block.out, are channels-first. --compare
 expects the same names in the same layout (axes of length 1 do not count), in any floating-point type. The other file
 may hold any part of the trace: one stage, or one block. The file's metadata hold the order of execution ("order", a JSON
-list of names, which safetensors sorts), the layout, and how the image was made.
+list of names, which safetensors sorts), and how the image was made ("used").
 
 Another implementation's Stage C, `port`, with our noise and conditions:
 
@@ -74,9 +74,6 @@ import sampler
 from model import CascadeError, UNet, Weights, require
 
 STAGES = ("text_encoder", "stage_c", "stage_b", "stage_a")
-LAYOUT = ("channels-last, (B, H, W, C), between the blocks of stage_c, stage_b and stage_a; "
-          "channels-first are x, out, epsilon, x0, noise, latent, condition, picture, "
-          "embedding.in, clf.out and out_block.out")
 
 
 class Trace:
@@ -220,8 +217,7 @@ def run(options):
     unused = ", ".join(sorted(trace.unused_patterns))
     require(not unused, f"--blocks {unused}: no such module ran; '*' records all of them")
     used = {**vars(options), "torch": torch.__version__}
-    metadata = {"order": json.dumps(list(trace.tensors)), "layout": LAYOUT,
-                "used": json.dumps(used, default=str)}
+    metadata = {"order": json.dumps(list(trace.tensors)), "used": json.dumps(used, default=str)}
     cascade.write_file(out, save(trace.tensors, metadata))
     print(f"{out}: {len(trace.tensors)} tensors, {out.stat().st_size / 1e6:.1f} MB")
 
