@@ -25,26 +25,18 @@ def text_inputs(batch):
     return {"ids": ids, "mask": (torch.arange(77) <= ends).long()}
 
 
-def stage_c_inputs(batch):
-    return {"x": noise(batch, 16, 5, 6), "r": noise(batch).sigmoid(),
-            "clip_text_pooled": noise(batch, 1, 64), "clip_text": noise(batch, 77, 64),
-            "clip_img": noise(batch, 1, 24)}
-
-
-def stage_b_inputs(batch):
-    return {"x": noise(batch, 4, 22, 18), "r": noise(batch).sigmoid(),
-            "clip_text_pooled": noise(batch, 1, 64), "effnet": noise(batch, 16, 4, 3)}
-
-
 # name -> its inputs for a batch
 INPUTS = {
-    "stage_c": stage_c_inputs,
-    "stage_b": stage_b_inputs,
+    "stage_c": lambda batch: {
+        "x": noise(batch, 16, 5, 6), "r": noise(batch).sigmoid(), "clip_img": noise(batch, 1, 24),
+        "clip_text_pooled": noise(batch, 1, 64), "clip_text": noise(batch, 77, 64)},
+    "stage_b": lambda batch: {
+        "x": noise(batch, 4, 22, 18), "r": noise(batch).sigmoid(),
+        "clip_text_pooled": noise(batch, 1, 64), "effnet": noise(batch, 16, 4, 3)},
     "stage_a encode": lambda batch: {"x": noise(batch, 3, 24, 32).sigmoid()},
     "stage_a decode": lambda batch: {"x": 30 * noise(batch, 4, 7, 9)},
     "effnet_encoder": lambda batch: {"image": noise(batch, 3, 64, 96).sigmoid()},
-    "previewer": lambda batch: {"latent": noise(batch, 16, 4, 5)},
-    "text_encoder": text_inputs,
+    "previewer": lambda batch: {"latent": noise(batch, 16, 4, 5)}, "text_encoder": text_inputs,
     "image_encoder": lambda batch: {"pixels": noise(batch, 3, 30, 30).sigmoid()}}
 
 

@@ -18,23 +18,18 @@ FOR_C = {"latent_channels": 16, "patch_size": 1, "time_conditions": ("sca", "crp
          "image_dim": 768, "down_repeat": (1, 1), "up_repeat": (1, 1)}
 FOR_B = {"latent_channels": 4, "patch_size": 2, "time_conditions": ("sca",),
          "semantic_channels": 16, "c_cond": 1280, "down_repeat": (1, 1, 1, 1)}
-UNETS = {
-    "stage_c": UNetConfig(
+UNETS = {"stage_c": UNetConfig(
         (2048, 2048), ("RTA" * 8, "RTA" * 24), ("RTA" * 24, "RTA" * 8), c_cond=2048, **FOR_C),
     "stage_c_lite": UNetConfig(
         (1536, 1536), ("RTA" * 4, "RTA" * 12), ("RTA" * 12, "RTA" * 4), c_cond=1536, **FOR_C),
-    "stage_b": UNetConfig(
-        (320, 640, 1280, 1280), ("RT" * 2, "RT" * 6, "RTA" * 28, "RTA" * 6),
+    "stage_b": UNetConfig((320, 640, 1280, 1280), ("RT" * 2, "RT" * 6, "RTA" * 28, "RTA" * 6),
         ("RTA" * 6, "RTA" * 28, "RT" * 6, "RT" * 2), up_repeat=(3, 3, 2, 2), **FOR_B),
-    "stage_b_lite": UNetConfig(
-        (320, 576, 1152, 1152), ("RT" * 2, "RT" * 4, "RTA" * 14, "RTA" * 4),
+    "stage_b_lite": UNetConfig((320, 576, 1152, 1152), ("RT" * 2, "RT" * 4, "RTA" * 14, "RTA" * 4),
         ("RTA" * 4, "RTA" * 14, "RT" * 4, "RT" * 2), up_repeat=(2, 2, 2, 2), **FOR_B)}
 OFFICIAL = {
-    **{name: (UNet, config) for name, config in UNETS.items()},
-    "stage_a": (StageA, StageAConfig()),
+    **{name: (UNet, config) for name, config in UNETS.items()}, "stage_a": (StageA, StageAConfig()),
     "effnet_encoder": (SemanticEncoder, SemanticEncoderConfig()),
-    "previewer": (Previewer, PreviewerConfig()),
-    "text_encoder": (TextEncoder, TextConfig()),
+    "previewer": (Previewer, PreviewerConfig()), "text_encoder": (TextEncoder, TextConfig()),
     "image_encoder": (ImageEncoder, ImageConfig())}
 
 
@@ -47,8 +42,7 @@ def on_meta(network_class, config):
 # ------------------------------------------------------------------------------ golden files
 
 # How each network is run on the inputs of its golden file: {name of an output: tensor}.
-RUNS = {
-    "stage_c": lambda network, **inputs: {"epsilon": network(**inputs)},
+RUNS = {"stage_c": lambda network, **inputs: {"epsilon": network(**inputs)},
     "stage_b": lambda network, **inputs: {"epsilon": network(**inputs)},
     "stage_a": lambda network, z, image: {"decoded": network.decode(z), "encoded": network.encode(image)},
     "text_encoder": lambda network, ids, mask: dict(zip(("hidden", "pooled"), network(ids, mask))),
@@ -59,12 +53,10 @@ RUNS = {
 
 def golden(name):
     """The inputs and outputs, by name, in a golden file, and the sum of the peer's weights."""
-    inputs, outputs = {}, {}
     tensors = load_file(TESTS / "golden" / f"{name}.safetensors")
-    for key, tensor in tensors.items():
-        side, _, key = key.partition(".")
-        if side != "weights":
-            (inputs if side == "in" else outputs)[key] = tensor
+    inputs, outputs = (
+        {key.removeprefix(side): tensor for key, tensor in tensors.items() if key.startswith(side)}
+        for side in ("in.", "out."))
     return inputs, outputs, tensors.get("weights")
 
 
@@ -84,8 +76,7 @@ def unet_inputs(config, seed=0, rows=2, height=6, width=5, tokens=7, images=2):
         return torch.randn(shape, generator=generator)
 
     side = config.patch_size
-    inputs = {
-        "x": randn(rows, config.latent_channels, height * side, width * side),
+    inputs = {"x": randn(rows, config.latent_channels, height * side, width * side),
         "r": torch.rand(rows, generator=generator),
         "clip_text_pooled": randn(rows, 1, config.text_dim)}
     if config.is_stage_b:

@@ -9,6 +9,7 @@ weights' absolute values, which tells other weights from other mathematics.
 import sys
 import tempfile
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -21,9 +22,15 @@ sys.path[:0] = [str(TESTS.parent), str(TESTS), str(TESTS / "parity")]
 from helpers import noise
 from tiny import networks, weight_sum, write_folder
 
+from cascade import Cascade
+
+if find_spec("diffusers"):
+    from diffusers import DDPMWuerstchenScheduler
+    from peers import (combined_pipeline, diffusers_stage_a, diffusers_unet, last_hidden,
+                       normalised, transformers_image, transformers_text)
+
 
 def run_unet(network, x, r, **condition):
-    from peers import diffusers_unet
     inputs = {"x": x, "r": r, **condition}
     return inputs, {"epsilon": diffusers_unet(network)(x, r, **condition).sample}
 
@@ -39,14 +46,12 @@ def stage_b(network):
 
 
 def stage_a(network):
-    from peers import diffusers_stage_a
     peer, z, image = diffusers_stage_a(network), 30 * noise(1, 4, 7, 9), noise(1, 3, 24, 32).sigmoid()
     return {"z": z, "image": image}, {
         "decoded": peer.decode(0.43 * z).sample, "encoded": peer.encode(image).latents / 0.43}
 
 
 def text_encoder(network):
-    from peers import last_hidden, transformers_text
     ids, mask = torch.full((3, 77), 519), torch.zeros(3, 77, dtype=torch.int64)
     for row, length in enumerate((2, 9, 77)):
         ids[row, :length - 1] = torch.randint(0, 518, (length - 1,), generator=torch.Generator().manual_seed(row))
@@ -57,14 +62,12 @@ def text_encoder(network):
 
 def image_encoder(network):
     """Pixels in [0, 1]: the peer expects normalised ones; our network normalises them itself."""
-    from peers import normalised, transformers_image
     pixels = noise(2, 3, 30, 30).sigmoid()
     return {"pixels": pixels}, {"embedding": transformers_image(network)(normalised(pixels)).image_embeds}
 
 
 def scheduler(_):
     """Ten steps with given predictions and noise."""
-    from diffusers import DDPMWuerstchenScheduler
     peer, generator, steps = DDPMWuerstchenScheduler(), torch.Generator("cpu").manual_seed(4), []
     peer.set_timesteps(10)
     t, eps, x = torch.linspace(0, 1, 101), noise(10, 2, 4, 4), noise(1, 2, 4, 4)
@@ -77,15 +80,12 @@ def scheduler(_):
 
 def pipeline(_):
     """Two prompts, guidance on both stages: Stage B's latents, and every fourth pixel of the images."""
-    from peers import combined_pipeline
-
-    from cascade import Cascade
     with tempfile.TemporaryDirectory() as folder:
         peer = combined_pipeline(Cascade(write_folder(folder, seed=0)))
     latents, pixels = (
         peer(prompt=["a red circle", "three stars"], negative_prompt=["blue", "a wall"], width=128, height=128,
-             prior_num_inference_steps=4, prior_guidance_scale=4.0, num_inference_steps=3,
-             decoder_guidance_scale=1.5, output_type=output,
+             prior_num_inference_steps=4, num_inference_steps=3, decoder_guidance_scale=1.5,
+             output_type=output,
              generator=[torch.Generator("cpu").manual_seed(seed) for seed in (7, 8)]).images
         for output in ("latent", "pt"))
     return {}, {"latents": latents, "pixels": pixels[:, :, ::4, ::4]}

@@ -29,8 +29,7 @@ FILE_FAULTS = {
     "cut in the middle": lambda path, data: path.write_bytes(data[:len(data) // 2]),
     "cut in the header": lambda path, data: path.write_bytes(data[:100]),
     "a checkpoint": lambda path, data: torch.save({"weight": torch.zeros(3)}, path),
-    "a folder": lambda path, data: path.mkdir(),
-    "a pipe": lambda path, data: os.mkfifo(path),
+    "a folder": lambda path, data: path.mkdir(), "a pipe": lambda path, data: os.mkfifo(path),
     "a link to itself": lambda path, data: path.symlink_to(path.name),
     "missing": lambda path, data: None}
 MESSAGES = {"a link to itself": "cannot be opened", "missing": "is missing"}
@@ -71,14 +70,6 @@ def test_wrong_tensors_are_named_with_their_file(weights, network, fault):
 def test_the_size_in_the_metadata_is_checked_like_an_option(weights, size):
     change_tensors(weights, "stage_c", lambda tensors: None, {"width": size, "height": "128"})
     refused(["a star", "--weights", "weights"], "stage_c.safetensors")
-
-
-@pytest.mark.slow
-def test_a_header_of_40000_tensors_is_read_in_linear_time(weights):
-    (weights / "stage_c.safetensors").unlink()
-    tensors = {f"tensor.{i}": torch.zeros(1) for i in range(40_000)}
-    save_file(tensors, weights / "stage_c.safetensors")
-    refused_with("stage_c", "stage_c.safetensors: expected stage_c, got an unknown network")
 
 
 # ------------------------------------------------------------------------------ config.json and other text
@@ -200,3 +191,11 @@ def test_a_folder_that_may_not_be_entered_is_named_as_such(weights, monkeypatch)
     for open_it in (load, lambda path: Cascade(path.parent).file("stage_b")):
         with pytest.raises(CascadeError, match="stage_b.*Permission denied"):
             open_it(weights / "stage_b.safetensors")
+
+
+@pytest.mark.slow
+def test_a_header_of_40000_tensors_is_read_in_linear_time(weights):
+    (weights / "stage_c.safetensors").unlink()
+    tensors = {f"tensor.{i}": torch.zeros(1) for i in range(40_000)}
+    save_file(tensors, weights / "stage_c.safetensors")
+    refused_with("stage_c", "stage_c.safetensors: expected stage_c, got an unknown network")

@@ -23,16 +23,12 @@ WRONG = {
     "prompts": [None, 3, [], [1], ["a", None], b"bytes", {"a": 1}, "\ud800", np.array(["a"]),
                 *(TextEmbeddings(*wrong) for wrong in WRONG_TEXT)],
     "negative": [None, 3, [], ["a", "b"], "\ud800"],
-    "width": [True, 100.5, "128", 0, 63, 8193, NAN, []],
-    "height": [0, -128, 10 ** 9, "", torch.tensor(64)],
-    "images": [0, 1001, True, None, 2.0, "2"],
+    "width": [True, 100.5, "128", 0, 63, 8193, NAN, []], "images": [0, 1001, True, None, 2.0, "2"],
+    "height": [0, -128, 10 ** 9, "", torch.tensor(64)], "decoder_steps": [None, 0, NAN, "x"],
     "seed": [-1, 2 ** 32, 1.0, None, "3", True, torch.tensor(3), np.int32(-1)],
-    "steps": [None, 0, 2.0, "2", True, 1001],
-    "decoder_steps": [None, 0, NAN, "x"],
-    "guidance": ["4", None, NAN, float("inf"), -1, 100.1, True, 1j],
-    "decoder_guidance": ["4", NAN, -1, [], False],
-    "recipe": ["soup", None, [], {}, 3, True],
-    "output": ["jpeg", None, [], 3],
+    "steps": [None, 0, 2.0, "2", True, 1001], "decoder_guidance": ["4", NAN, -1, [], False],
+    "guidance": ["4", None, NAN, float("inf"), -1, 100.1, True, 1j], "colour": ["red"],
+    "recipe": ["soup", None, [], {}, 3, True], "output": ["jpeg", None, [], 3],
     "strength": [1.5, -1, NAN, "0.5", None, True, 0.0, 0.5],  # half a step is none
     "interval": [(0.7, 0.3), None, 3, "ab", (0, 1, 2), (0, NAN), ("a", "b"), (0, 2)],
     "variation_images": [
@@ -40,15 +36,12 @@ WRONG = {
         torch.zeros(1, 5), torch.zeros(0, 24), torch.zeros(1, 24).int(), torch.full((1, 24), NAN)],
     "init_image": [
         3, [IMAGE], "nowhere.png", False, torch.zeros(16, 2, 2), torch.zeros(1, 16, 3, 2),
-        torch.zeros(2, 16, 2, 2), torch.zeros(1, 16, 2, 2).int(), torch.full((1, 16, 2, 2), NAN)],
-    "colour": ["red"]}
+        torch.zeros(2, 16, 2, 2), torch.zeros(1, 16, 2, 2).int(), torch.full((1, 16, 2, 2), NAN)]}
 SETUP = {
-    "lite": ["both", 1, None, [], {}],
-    "dtype": ["fp8", None, torch.int8, torch.float64, 3, [], "float16"],
-    "decoder_dtype": ["fp8", torch.int8, "", False],
+    "lite": ["both", 1, None, [], {}], "decoder_dtype": ["fp8", torch.int8, "", False],
+    "dtype": ["fp8", None, torch.int8, torch.float64, 3, [], "float16"], "colour": ["red"],
     "device": ["toaster", "cuda:99", "meta", "", None, []],
-    "folder": [None, 3, "", "nowhere", [], "\ud800", "a\0b"],
-    "colour": ["red"]}
+    "folder": [None, 3, "", "nowhere", [], "\ud800", "a\0b"]}
 
 
 def check_refused(function, name, value, **others):
@@ -110,12 +103,6 @@ def test_the_seeds_of_all_images_are_checked_before_any_work(pipeline):
 
 
 # ------------------------------------------------------------------------------ what works
-def test_numbers_of_numpy_are_numbers(pipeline):
-    numbers = {"seed": np.int64(3), "guidance": np.float32(4), "steps": np.int16(1)}
-    image = pipeline("a star", **FEW | numbers)
-    assert torch.equal(image, pipeline("a star", seed=3, **FEW))
-
-
 def test_latents_and_kept_networks_can_be_edited_and_trained(folder):
     pipeline = Cascade(folder, keep=True)
     latents = pipeline.prior("a star", steps=1, width=64, height=64)
@@ -132,6 +119,12 @@ def test_networks_can_be_pickled_and_copied(pipeline):
     image = pipeline("a star", **WITH_IMAGES)
     for another in (pickle.loads(pickle.dumps(pipeline)), copy.deepcopy(pipeline)):
         assert torch.allclose(image, another("a star", **WITH_IMAGES), atol=1e-5)
+
+
+def test_numbers_of_numpy_are_numbers(pipeline):
+    numbers = {"seed": np.int64(3), "guidance": np.float32(4), "steps": np.int16(1)}
+    image = pipeline("a star", **FEW | numbers)
+    assert torch.equal(image, pipeline("a star", seed=3, **FEW))
 
 
 def test_the_default_dtype_changes_nothing(folder):

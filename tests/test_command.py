@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -163,12 +162,6 @@ def test_a_long_prompt_is_drawn_and_its_cut_is_said_once(place, folder):
     red, green, blue = lines = command(*prompts, prompts[0], *few)
     assert all("is cut to 77 tokens" in line and len(line) < 160 for line in lines)
     assert "'red red" in red and "'circle star'" in red and "'green" in green and "'blue" in blue
-
-
-def test_warnings_and_their_filters_are_left_as_they_were(place, folder):
-    filters, show = warnings.filters[:], warnings.showwarning
-    command("a star", *FEW, "--weights", folder)
-    assert warnings.filters == filters and warnings.showwarning == show
 
 
 def test_control_characters_in_names_are_not_printed(place, folder):

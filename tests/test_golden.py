@@ -34,8 +34,7 @@ WITHOUT_EFFECT = ("num_batches_tracked", "vquantizer.codebook.weight", "k_proj.b
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_a_small_change_of_any_parameter_is_seen(name):
-    inputs, theirs, _ = golden(name)
-    network = networks()[name]
+    (inputs, theirs, _), network = golden(name), networks()[name]
     for key, tensor in network.state_dict().items():
         if key.endswith(WITHOUT_EFFECT):
             continue

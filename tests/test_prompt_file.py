@@ -132,8 +132,7 @@ def test_interrupted_it_leaves_whole_images_and_goes_on_with_the_rest(draw, monk
     assert draw(said=["prompts.txt"]) == whole and counts == []  # every image exists
 
 
-FOREIGN = {
-    "other bytes": lambda data: b"mine", "no bytes": lambda data: b"",
+FOREIGN = {"other bytes": lambda data: b"mine", "no bytes": lambda data: b"",
     "a cut image": lambda data: data[:len(data) // 2],
     "an image without a record": lambda data: data.replace(b"iTXt", b"teXt")}
 

@@ -42,8 +42,8 @@ def run(guidance, recipe, condition=None, **start):
     """Two images: the network and all (x, x0)."""
     unet, generators = KnownUNet(), sampler.generators(5, 2)
     condition = push(4 if guidance > 1 else 2) if condition is None else condition
-    return unet, list(sampler.sample(
-        unet, SHAPE, {"push": condition}, STEPS, guidance, generators, recipe, **start))
+    settings = STEPS, guidance, generators, recipe
+    return unet, list(sampler.sample(unet, SHAPE, {"push": condition}, *settings, **start))
 
 
 def draws():
@@ -71,23 +71,17 @@ def test_the_original_recipe(shift, guidance):
     """In the original's own terms: log SNR, DDIM with eta = 1, guidance rescaled for each image, x0 as the result."""
     recipe = replace(RECIPES["original"], shift=shift)
     unet, pairs = run(guidance, recipe)
-    first, *step_noise = draws()
-    x, known = first, push(4).double().numpy()
-    low, high = (math.log(a / (1 - a)) for a in (0.0001, 0.9999))
-    log_snr = []
-    for t in TIMES:
-        a = alpha_bar(t)
-        log_snr.append(min(max(math.log(a / (1 - a)) + 2 * math.log(1 / shift), low), high))
-    a = [math.sqrt(1 / (1 + math.exp(-snr))) for snr in log_snr]
-    b = [math.sqrt(1 / (1 + math.exp(snr))) for snr in log_snr]
+    (x, *step_noise), known = draws(), push(4).double().numpy()
+    low, high, *log_snr = (math.log(a / (1 - a)) for a in (0.0001, 0.9999, *map(alpha_bar, TIMES)))
+    log_snr = np.clip(np.array(log_snr) + 2 * math.log(1 / shift), low, high)
+    a, b = (np.sqrt(1 / (1 + np.exp(sign * log_snr))) for sign in (-1, 1))
     r = [inverse_alpha_bar(value ** 2) for value in a]
     for i in range(STEPS):
         eps = cond = answer(x, r[i], known[:2] if guidance > 1 else push(2).double().numpy())
         if guidance > 1:
             eps = answer(x, r[i], known[2:]) * (1 - guidance) + cond * guidance
             for n in range(2):
-                std_ratio = cond[n].std(ddof=1) / eps[n].std(ddof=1)
-                eps[n] = 0.7 * eps[n] * std_ratio + 0.3 * eps[n]
+                eps[n] *= 0.7 * cond[n].std(ddof=1) / eps[n].std(ddof=1) + 0.3
         x0 = (x - b[i] * eps) / a[i]
         sigma = b[i + 1] / b[i] * math.sqrt(1 - a[i] ** 2 / a[i + 1] ** 2)
         x = a[i + 1] * x0 + math.sqrt(b[i + 1] ** 2 - sigma ** 2) * eps
@@ -102,8 +96,7 @@ def test_lcm_jumps_to_x0_and_reads_its_times_back():
     """At t = 1 and below, where alpha_bar is clamped, the network is given the time that belongs to the clamped value,
     as in the original code."""
     unet, pairs = run(1.0, RECIPES["lcm"])
-    first, *step_noise = draws()
-    x, known = first, push(2).double().numpy()
+    (x, *step_noise), known = draws(), push(2).double().numpy()
     r = [inverse_alpha_bar(alpha_bar(t)) for t in TIMES]
     for i in range(STEPS):
         a, a_next = alpha_bar(TIMES[i]), alpha_bar(TIMES[i + 1])

@@ -10,8 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from model import Weights
 
-SETTINGS = {
-    "prompts": "", "negative": "", "width": "64", "height": "64", "seed": "0", "steps": "4",
+SETTINGS = {"prompts": "", "negative": "", "width": "64", "height": "64", "seed": "0", "steps": "4",
     "guidance": "4.0", "guidance_interval": "[0.0, 1.0]", "recipe": "diffusers", "decoder_steps": "1",
     "decoder_guidance": "0.0", "version": "2"}
 STAGE_C_ONLY = ("negative", "steps", "guidance", "guidance_interval")
@@ -89,8 +88,7 @@ def test_metadata_that_is_no_record_is_refused(decode):
         decode(text)
 
 
-WRONG = {
-    "prompts": [3, [], [1], "ab", ["a"], ["a", "b", "c"], None, ["a", "\ud800"]],
+WRONG = {"prompts": [3, [], [1], "ab", ["a"], ["a", "b", "c"], None, ["a", "\ud800"]],
     "negative": [3, ["a"], "\ud800"], "width": ["64", 128, 1e99, None, True], "height": [0, 8193, [64]],
     "images": [None, 0, 1, 2.0, "2"], "seed": [-1, 2 ** 32 - 2, 1.5, None, "9"],
     "recipe": ["soup", None, [], {}], "steps": [0, "20", 2.0], "strength": ["x", 2, float("nan"), True],

@@ -1,12 +1,11 @@
 """The trainer: a quick run of every stage, resumed once, gives files that the command draws with; and what wire.py
-writes into a network is right and stays."""
+writes into a network is right."""
 import io
 import re
 import sys
 from argparse import Namespace
 from contextlib import redirect_stdout
 
-import numpy as np
 import pytest
 import torch
 import train_tiny
@@ -72,44 +71,17 @@ def test_a_quick_run_never_writes_into_the_trained_weights(monkeypatch, tmp_path
 
 
 # ------------------------------------------------------------------------------ wire.py
-@pytest.fixture(params=["stage_b", "stage_c"])
-def wired(request):
-    """A wired network, clean latents x0 of its stage, and their condition."""
-    torch.manual_seed(0)
-    condition = {"clip_text_pooled": torch.randn(4, 1, 128)}
-    if request.param == "stage_b":
-        condition["effnet"] = torch.randn(4, 16, 3, 3)
-        return wire(UNet(train_tiny.STAGE_B)), torch.randn(4, 4, 32, 32), condition
-    condition["clip_text"] = torch.randn(4, 77, 128)
-    return wire(UNet(train_tiny.STAGE_C)), torch.randn(4, 16, 3, 3), condition
-
-
-def test_a_wired_network_predicts_x0_as_0_before_it_learns(wired):
+@pytest.mark.parametrize("config, latents, name, shape", [
+    (train_tiny.STAGE_B, (4, 4, 32, 32), "effnet", (4, 16, 3, 3)),
+    (train_tiny.STAGE_C, (4, 16, 3, 3), "clip_text", (4, 77, 128))], ids=["stage_b", "stage_c"])
+def test_a_wired_network_predicts_x0_as_0_before_it_learns(config, latents, name, shape):
     """So eps is x / sqrt(1 - a), as far as it matters: an error counts as the error that it causes in x0."""
-    unet, x0, condition = wired
+    torch.manual_seed(0)
+    condition = {"clip_text_pooled": torch.randn(4, 1, 128), name: torch.randn(shape)}
+    unet, x0 = wire(UNet(config)), torch.randn(latents)
     for t, allowed in ((1.0, 0.4), (0.95, 0.04), (0.7, 0.015), (0.4, 0.03)):
         a = alpha_bar(torch.tensor(t))
         x = a.sqrt() * x0 + (1 - a).sqrt() * torch.randn_like(x0)
         eps = unet(x, torch.full((4,), t), **condition)
         error = (eps - x / (1 - a).sqrt()) * ((1 - a) / a).sqrt()
         assert error.square().mean().sqrt() < allowed, t
-
-
-def test_the_wired_weights_stay_and_the_others_learn(wired):
-    unet, x0, condition = wired
-    before = {key: value.clone() for key, value in unet.state_dict().items() if value.dim() > 1}
-    optimizers = train_tiny.muon(unet, 2e-3)
-    for _ in range(3):
-        unet.zero_grad()
-        sum(train_tiny.noise_loss(unet, x0, **condition).values()).backward()
-        for optimizer in optimizers:
-            optimizer.step()
-    after = unet.state_dict()
-    changed = {key: (after[key] != value).flatten(1).any(1) for key, value in before.items()}
-    k = 16
-    fixed = np.r_[:k, 2 * k:2 * k + 4]
-    last = f"up_blocks.{len(unet.up_blocks) - 1}.0.channelwise"
-    for key in ("embedding.1.weight", f"{last}.4.weight", "down_blocks.0.0.channelwise.4.weight"):
-        assert changed[key].sum() == unet.config.widths[0] - len(fixed) and not changed[key][fixed].any()
-    assert not changed["clf.1.weight"].any() and not changed[f"{last}.0.weight"][:2 * k].any()
-    assert sum(rows.sum() for rows in changed.values()) > 0.9 * sum(map(len, changed.values()))

@@ -13,29 +13,25 @@ from text_encoder import ImageConfig, ImageEncoder, TextConfig, TextEncoder
 
 # Every kind of block, repeats on both ways, several levels: all that the official files have.
 STAGE_C = UNetConfig(
-    widths=(64, 128), down=("RTA", "RTARTA"), up=("RTARTA", "RTA"),
-    down_repeat=(1, 2), up_repeat=(1, 2), c_cond=48, latent_channels=16, patch_size=1,
-    time_conditions=("sca", "crp"), text_dim=64, image_dim=24)
+    widths=(64, 128), down=("RTA", "RTARTA"), up=("RTARTA", "RTA"), down_repeat=(1, 2), c_cond=48,
+    up_repeat=(1, 2), latent_channels=16, patch_size=1, time_conditions=("sca", "crp"), text_dim=64,
+    image_dim=24)
 STAGE_B = UNetConfig(
-    widths=(32, 64, 64), down=("RT", "RTRT", "RTA"), up=("RTARTA", "RT", "RTRT"),
-    down_repeat=(1, 1, 1), up_repeat=(3, 2, 1), c_cond=48, latent_channels=4, patch_size=2,
-    time_conditions=("sca",), text_dim=64, semantic_channels=16)
+    widths=(32, 64, 64), down=("RT", "RTRT", "RTA"), up=("RTARTA", "RT", "RTRT"), c_cond=48,
+    down_repeat=(1, 1, 1), up_repeat=(3, 2, 1), latent_channels=4, patch_size=2, text_dim=64,
+    time_conditions=("sca",), semantic_channels=16)
 STAGE_A = StageAConfig(widths=(16, 32), deep_blocks=3, codes=24)
 TEXT = TextConfig(vocabulary=520, width=64, layers=3, hidden=128, projection=64, end=519)
 IMAGE = ImageConfig(side=30, patch=6, width=64, layers=3, hidden=128, projection=24)
-ENCODER = SemanticEncoderConfig(
-    stem=8, head=40,
-    stages=((True, 1, 8, 2), (True, 4, 16, 2), (True, 4, 16, 1),
-            (False, 4, 24, 2), (False, 6, 24, 2), (False, 6, 32, 1)))
+ENCODER = SemanticEncoderConfig(stem=8, head=40, stages=(
+    (True, 1, 8, 2), (True, 4, 16, 2), (True, 4, 16, 1),
+    (False, 4, 24, 2), (False, 6, 24, 2), (False, 6, 32, 1)))
+MERGES = ("r e", "re d</w>", "a r", "c i", "ci r", "l e</w>")
 PREVIEWER = PreviewerConfig(widths=(32, 24, 16, 16))
 NETWORKS = {
-    "stage_c": (UNet, STAGE_C),
-    "stage_b": (UNet, STAGE_B),
-    "stage_a": (StageA, STAGE_A),
-    "effnet_encoder": (SemanticEncoder, ENCODER),
-    "previewer": (Previewer, PREVIEWER),
-    "text_encoder": (TextEncoder, TEXT),
-    "image_encoder": (ImageEncoder, IMAGE)}
+    "stage_c": (UNet, STAGE_C), "stage_b": (UNet, STAGE_B), "stage_a": (StageA, STAGE_A),
+    "effnet_encoder": (SemanticEncoder, ENCODER), "previewer": (Previewer, PREVIEWER),
+    "text_encoder": (TextEncoder, TEXT), "image_encoder": (ImageEncoder, IMAGE)}
 
 
 @torch.no_grad()
@@ -60,9 +56,8 @@ def randomise(network, seed):
 
 def networks(seed=0):
     """All tiny networks by name, with weights drawn from the seed."""
-    made = {}
-    for i, (name, (network_class, config)) in enumerate(NETWORKS.items()):
-        made[name] = randomise(network_class(config), 100 * seed + i)
+    made = {name: randomise(network_class(config), 100 * seed + i)
+            for i, (name, (network_class, config)) in enumerate(NETWORKS.items())}
     first, last = made["stage_a"].up_blocks[0][0], made["stage_a"].out_block[0]
     first.weight.mul_(0.02)  # the latents of random UNets are in the dozens
     last.weight.mul_(0.15)  # and most pixels should lie within [0, 1]
@@ -77,23 +72,19 @@ def file_name(name):
 
 def save(state, path, dtype=torch.float32, metadata=None):
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for name, tensor in state.items():
-        tensors[name] = tensor.to(dtype if tensor.is_floating_point() else None).contiguous()
-    save_file(tensors, path, metadata)
+    save_file({name: tensor.to(dtype if tensor.is_floating_point() else None).contiguous()
+               for name, tensor in state.items()}, path, metadata)
 
 
-def write_tokenizer(folder):
-    """CLIP's layout: 256 bytes, the same at the end of a word, six merges, start and end: 520 tokens."""
+def write_tokenizer(folder, letters=sorted(pre_tokenizers.ByteLevel.alphabet()), merges=MERGES):
+    """CLIP's layout: 256 bytes, the same at the end of a word, merges, start and end: here 520 tokens."""
     folder.mkdir(parents=True, exist_ok=True)
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = ["r e", "re d</w>", "a r", "c i", "ci r", "l e</w>"]
-    tokens = letters + [letter + "</w>" for letter in letters]
-    tokens += [merge.replace(" ", "") for merge in merges]
-    tokens += [text_encoder.START, text_encoder.END]
+    tokens = [*letters, *(letter + "</w>" for letter in letters)]
+    tokens += [*(pair.replace(" ", "") for pair in merges), text_encoder.START, text_encoder.END]
     vocab = json.dumps({token: i for i, token in enumerate(tokens)})
     (folder / "vocab.json").write_text(vocab, encoding="utf-8")
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+    return tokens
 
 
 def write_folder(folder, seed=0, dtype=torch.float32):
@@ -110,10 +101,8 @@ def to_diffusers(state):
     """The tensors of an original UNet or Stage A file, named and split as in diffusers' files."""
     renamed = {}
     for name, tensor in state.items():
-        name = name.replace(".attn.out_proj.", ".to_out.0.")
-        name = name.replace("vquantizer.codebook.", "vquantizer.embedding.")
-        if name.startswith("clip_mapper."):
-            name = name.replace("clip_mapper.", "clip_txt_pooled_mapper.")
+        name = name.replace(".attn.out_proj.", ".to_out.0.").replace(".codebook.", ".embedding.")
+        name = name.replace("clip_mapper.", "clip_txt_pooled_mapper.")
         if ".attn.in_proj_" in name:
             for part, piece in zip("qkv", tensor.chunk(3)):
                 renamed[name.replace(".attn.in_proj_", f".to_{part}.")] = piece.clone()

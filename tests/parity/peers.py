@@ -17,18 +17,17 @@ def diffusers_unet(unet):
     groups = [level[:3] if "A" in level else level[:2] for level in config.down]
     peer = StableCascadeUNet(
         in_channels=config.latent_channels, out_channels=config.latent_channels, patch_size=config.patch_size,
-        conditioning_dim=config.c_cond, block_out_channels=config.widths, dropout=0.0,
+        conditioning_dim=config.c_cond, clip_image_in_channels=config.image_dim or None,
+        block_out_channels=config.widths, dropout=0.0, clip_text_pooled_in_channels=config.text_dim,
         num_attention_heads=[width // 64 for width in config.widths],
         down_num_layers_per_block=[len(level) // len(group) for level, group in zip(config.down, groups)],
         up_num_layers_per_block=[len(level) // len(group) for level, group in zip(config.up, groups[::-1])],
         down_blocks_repeat_mappers=config.down_repeat, up_blocks_repeat_mappers=config.up_repeat,
         block_types_per_layer=[[BLOCKS[letter] for letter in group] for group in groups],
-        clip_text_pooled_in_channels=config.text_dim,
+        timestep_conditioning_type=config.time_conditions,
         clip_text_in_channels=None if config.is_stage_b else config.text_dim,
-        clip_image_in_channels=config.image_dim or None,
         effnet_in_channels=config.semantic_channels or None,
         pixel_mapper_in_channels=3 if config.is_stage_b else None,
-        timestep_conditioning_type=config.time_conditions,
         switch_level=None if config.is_stage_b else [False] * (len(config.widths) - 1))
     peer.load_state_dict(to_diffusers(unet.state_dict()))
     return peer.eval()
@@ -80,8 +79,7 @@ def image_processor(side):
 
 def last_hidden(peer, ids, mask):
     """The last layer's output before the final norm, recorded where it leaves the layer, and the pooled embedding."""
-    outputs = []
-    layer = getattr(peer, "text_model", peer).encoder.layers[-1]
+    outputs, layer = [], getattr(peer, "text_model", peer).encoder.layers[-1]
     hook = layer.register_forward_hook(lambda module, inputs, output: outputs.append(output))
     with torch.no_grad():
         pooled = peer(ids, attention_mask=mask).text_embeds

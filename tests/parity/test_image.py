@@ -15,18 +15,16 @@ from cascade import Cascade
 from text_encoder import ImageEncoder, clip_preprocess
 
 CONFIGS = {
-    "tiny": IMAGE,
-    "gelu": replace(IMAGE, act="gelu", layers=2),
+    "tiny": IMAGE, "gelu": replace(IMAGE, act="gelu", layers=2),
     "wide": replace(IMAGE, width=192, hidden=100, layers=1, projection=64, side=28, patch=14)}
 
 
 def image_of(width, height):
-    values = np.random.default_rng([width, height]).integers(0, 256, (height, width, 3), np.uint8)
-    return Image.fromarray(values)
+    random = np.random.default_rng([width, height])
+    return Image.fromarray(random.integers(0, 256, (height, width, 3), np.uint8))
 
 
-@pytest.mark.parametrize("size", [
-    (224, 224), (640, 480), (97, 1000), (1000, 97), (33, 50), (1, 1)], ids=str)
+@pytest.mark.parametrize("size", [(224, 224), (640, 480), (97, 1000), (1000, 97), (1, 1)], ids=str)
 def test_an_image_is_preprocessed_as_by_the_processor(size):
     image = image_of(*size)
     theirs = image_processor(224)(image, return_tensors="pt").pixel_values[0]
@@ -35,19 +33,13 @@ def test_an_image_is_preprocessed_as_by_the_processor(size):
 
 @torch.no_grad()
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_the_embedding_is_that_of_transformers(config):
+def test_the_embedding_is_that_of_transformers_and_its_folder_loads(config, tmp_path):
     encoder, pixels = randomise(ImageEncoder(config), 31), noise(2, 3, config.side, config.side).sigmoid()
-    theirs = transformers_image(encoder)(normalised(pixels)).image_embeds
-    assert_same(encoder(pixels), theirs)
-
-
-@pytest.mark.parametrize("act", ["gelu", "quick_gelu"])
-def test_a_folder_that_transformers_saved_loads(tmp_path, act):
-    encoder = randomise(ImageEncoder(replace(IMAGE, act=act)), 32)
-    transformers_image(encoder).save_pretrained(tmp_path)
+    peer = transformers_image(encoder)
+    assert_same(encoder(pixels), peer(normalised(pixels)).image_embeds)
+    peer.save_pretrained(tmp_path)
     loaded = text_encoder.load(tmp_path / "model.safetensors", expect="image_encoder")
-    pixels = noise(2, 3, 30, 30).sigmoid()
-    assert loaded.config == encoder.config and torch.equal(loaded(pixels), encoder(pixels))
+    assert loaded.config == config and torch.equal(loaded(pixels), encoder(pixels))
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])

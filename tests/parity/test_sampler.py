@@ -7,12 +7,6 @@ from helpers import assert_same, noise
 import sampler
 
 
-def test_alpha_bar_is_the_schedulers():
-    t = torch.linspace(0, 1, 1001)
-    theirs = DDPMWuerstchenScheduler()._alpha_cumprod(t, torch.device("cpu"))
-    assert ((sampler.alpha_bar(t) - theirs).abs() <= 1e-6).all()
-
-
 @pytest.mark.parametrize("steps", [1, 2, 7, 10, 20, 60])
 def test_every_step_is_the_schedulers(steps):
     """The same predictions; noise from the same generators in the same order: the first latent, then every step."""

@@ -9,16 +9,14 @@ import pytest
 import torch
 from helpers import assert_same
 from peers import last_hidden, transformers_text
-from tiny import TEXT, randomise, save
+from tiny import TEXT, randomise, save, write_tokenizer
 from tokenizers import pre_tokenizers
 from transformers import CLIPTokenizer
 
 import text_encoder
 from text_encoder import TextEncoder, Tokenizer
 
-CONFIGS = {
-    "tiny": TEXT,
-    "quick_gelu": replace(TEXT, act="quick_gelu", layers=2),
+CONFIGS = {"tiny": TEXT, "quick_gelu": replace(TEXT, act="quick_gelu", layers=2),
     "wide": replace(TEXT, width=128, hidden=200, layers=2, projection=96, vocabulary=50, end=49),
     "one layer": replace(TEXT, layers=1)}
 
@@ -34,21 +32,15 @@ def rows(config):
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_hidden_and_pooled_are_those_of_transformers(config):
+def test_hidden_and_pooled_are_those_of_transformers_and_its_folder_loads(config, tmp_path):
     text = randomise(TextEncoder(config), 21)
-    hidden, pooled = last_hidden(transformers_text(text), *rows(config))
-    ours = text(*rows(config))
+    peer, ours = transformers_text(text), text(*rows(config))
+    hidden, pooled = last_hidden(peer, *rows(config))
     assert_same(ours[0], hidden)
     assert_same(ours[1], pooled.unsqueeze(1))
-
-
-@pytest.mark.parametrize("act", ["gelu", "quick_gelu"])
-def test_a_folder_that_transformers_saved_loads(tmp_path, act):
-    text = randomise(TextEncoder(replace(TEXT, act=act)), 24)
-    transformers_text(text).save_pretrained(tmp_path)
+    peer.save_pretrained(tmp_path)
     loaded = text_encoder.load(tmp_path / "model.safetensors")
-    assert loaded.config == text.config
-    assert torch.equal(loaded(*rows(TEXT))[1], text(*rows(TEXT))[1])
+    assert loaded.config == config and torch.equal(loaded(*rows(config))[1], ours[1])
 
 
 def test_an_end_token_of_2_means_the_last_token(tmp_path):
@@ -59,8 +51,7 @@ def test_an_end_token_of_2_means_the_last_token(tmp_path):
 
 # ------------------------------------------------------------------------------ the tokenizer
 
-PROMPTS = [
-    "", "a photo of a cat", "Anthropomorphic Cat, dressed as a PILOT",
+PROMPTS = ["", "a photo of a cat", "Anthropomorphic Cat, dressed as a PILOT",
     "it's don't I'll we've you're he'd I'm", "IT'S 'S 'T", "12345 3.14 2024-02-12", "!!!??? ...--- ;;",
     "  many   spaces \t\n and lines ", "\u00a0no-break\u3000ideographic\u2028line",
     "H\u00e9llo W\u00f6rld na\u00efve caf\u00e9's", "e\u0301 n\u0303 decomposed",
@@ -83,13 +74,9 @@ def vocabulary(tmp_path_factory):
     merges = gzip.decompress(file.read_bytes()).decode("utf-8").split("\n")[1:49152 - 256 - 2 + 1]
     plain = [chr(byte) for byte in (*range(33, 127), *range(161, 173), *range(174, 256))]  # stand for themselves
     letters = plain + sorted(set(pre_tokenizers.ByteLevel.alphabet()) - set(plain))
-    tokens = letters + [letter + "</w>" for letter in letters] + [merge.replace(" ", "") for merge in merges]
-    tokens += [text_encoder.START, text_encoder.END]
-    assert len(tokens) == 49408 and tokens[320] == "a</w>"
     folder = tmp_path_factory.mktemp("tokenizer")
-    vocab = json.dumps({token: i for i, token in enumerate(tokens)})
-    (folder / "vocab.json").write_text(vocab, encoding="utf-8")
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+    tokens = write_tokenizer(folder, letters, merges)
+    assert len(tokens) == 49408 and tokens[320] == "a</w>"
     return folder
 
 

@@ -27,7 +27,7 @@ def tensors(path):
 
 
 @torch.no_grad()
-def run_peer(folder, tensors, stage, guidance, change=lambda peer: None):
+def run_peer(folder, tensors, stage, guidance, error=0.0):
     """diffusers' UNet on the latent and the conditions of step 1: the outputs of its modules, by the trace's names and in
     the trace's layout. Inside an attention block its names differ; everywhere else they are the same."""
     step, mine = f"{stage}.step-001", {}
@@ -38,7 +38,7 @@ def run_peer(folder, tensors, stage, guidance, change=lambda peer: None):
         mine[name] = (output.permute(0, 2, 3, 1) if channels_last else output).contiguous().clone()
 
     peer = diffusers_unet(Cascade(folder).network(stage))
-    change(peer)
+    peer.up_blocks[0][1].mapper.bias.add_(error)
     for path, module in peer.named_modules():
         if f"{step}.{path}.out" in tensors:
             module.register_forward_hook(partial(keep, f"{step}.{path}"))
@@ -64,11 +64,7 @@ def test_diffusers_unet_agrees_at_every_block(folder, path, tensors, tmp_path, s
 
 
 @GUIDANCE
-def test_an_error_in_one_block_of_diffusers_is_found_there(
-        folder, path, tensors, tmp_path, stage, guidance, capsys):
-    def change(peer):
-        peer.up_blocks[0][1].mapper.bias.add_(0.1)
-
-    save_file(run_peer(folder, tensors, stage, guidance, change), tmp_path / "mine.safetensors")
+def test_an_error_in_one_block_is_found(folder, path, tensors, tmp_path, stage, guidance, capsys):
+    save_file(run_peer(folder, tensors, stage, guidance, error=0.1), tmp_path / "mine.safetensors")
     assert trace.main(["--compare", str(path), str(tmp_path / "mine.safetensors")]) == 1
     assert f"first difference: {stage}.step-001.up_blocks.0.1.out" in capsys.readouterr().out

@@ -10,22 +10,16 @@ from tiny import STAGE_B, STAGE_C, randomise, save
 
 from model import CascadeError, UNet, load
 
-CONFIGS = {
-    "C": STAGE_C,
-    "C: one group per level, equal widths": replace(
-        STAGE_C, widths=(64, 64), down=("RTA", "RTA"), up=("RTA", "RTA"),
-        down_repeat=(1, 1), up_repeat=(1, 1), c_cond=64),
-    "C: repeats everywhere": replace(
+CONFIGS = {"C": STAGE_C, "C: one group per level, equal widths": replace(
+        STAGE_C, widths=(64, 64), down=("RTA",) * 2, up=("RTA",) * 2,
+        down_repeat=(1, 1), up_repeat=(1, 1), c_cond=64), "C: repeats everywhere": replace(
         STAGE_C, down_repeat=(3, 2), up_repeat=(2, 3), text_dim=40, image_dim=40),
-    "C: three levels": replace(
-        STAGE_C, widths=(64, 64, 128), down=("RTA",) * 3, up=("RTA",) * 3,
-        down_repeat=(1, 1, 1), up_repeat=(1, 2, 1)),
-    "B": STAGE_B,
+    "C: three levels": replace(STAGE_C, widths=(64, 64, 128), down=("RTA",) * 3, up=("RTA",) * 3,
+                               down_repeat=(1, 1, 1), up_repeat=(1, 2, 1)), "B": STAGE_B,
     "B: repeats everywhere": replace(STAGE_B, down_repeat=(2, 1, 3), up_repeat=(2, 3, 2)),
     "B: attention at the second level": replace(
         STAGE_B, widths=(32, 64, 128), down=("RT", "RTARTA", "RTA"), up=("RTARTA", "RTA", "RTRT")),
-    "B: four levels": replace(
-        STAGE_B, widths=(32, 32, 64, 64), down=("RT", "RT", "RTA", "RTA"),
+    "B: four levels": replace(STAGE_B, widths=(32, 32, 64, 64), down=("RT", "RT", "RTA", "RTA"),
         up=("RTA", "RTARTA", "RT", "RTRT"), down_repeat=(1, 1, 1, 1), up_repeat=(3, 3, 2, 2))}
 EACH_CONFIG = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
@@ -55,8 +49,7 @@ def test_a_unet_predicts_what_diffusers_predicts(config, size):
 @pytest.mark.parametrize("config, name, ours, theirs", [
     (STAGE_C, "clip_img", noise(3, 3, 24), noise(3, 3, 24)),
     (STAGE_C, "clip_img", noise(3, 24), noise(3, 24)),
-    (STAGE_C, "clip_img", None, torch.zeros(3, 1, 24)),
-    (STAGE_B, "effnet", None, None),
+    (STAGE_C, "clip_img", None, torch.zeros(3, 1, 24)), (STAGE_B, "effnet", None, None),
     (STAGE_B, "pixels", noise(3, 3, 9, 7), noise(3, 3, 9, 7)),
     (STAGE_B, "clip_text_pooled", noise(3, 64), noise(3, 64)[:, None])],
     ids=["several image embeddings", "a flat image embedding", "no image embedding is zeros",

@@ -19,19 +19,15 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
+def peer_and_folders(tmp_path_factory):
     original = write_folder(tmp_path_factory.mktemp("original"), seed=3)
-    return original, write_diffusers_folder(tmp_path_factory.mktemp("diffusers"), original)
-
-
-@pytest.fixture(scope="module")
-def peer(folders):
-    return combined_pipeline(Cascade(folders[0]))
+    diffusers = write_diffusers_folder(tmp_path_factory.mktemp("diffusers"), original)
+    return combined_pipeline(Cascade(original)), (original, diffusers)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_the_image_is_the_same_from_both_layouts(folders, peer, case):
-    count = len(PROMPTS) * case["images"]
+def test_the_image_is_the_same_from_both_layouts(peer_and_folders, case):
+    (peer, folders), count = peer_and_folders, len(PROMPTS) * case["images"]
     theirs = peer(
         prompt=PROMPTS, negative_prompt=NEGATIVE, width=case["width"], height=case["height"], output_type="np",
         prior_num_inference_steps=case["steps"], prior_guidance_scale=case.get("guidance", 4.0),

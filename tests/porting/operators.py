@@ -31,8 +31,7 @@ FOR_C = {"x": (2, 16, 24, 24), "r": (2,), "clip_text_pooled": (2, 1, 1280),
 FOR_B = {"x": (1, 4, 256, 256), "r": (1,), "clip_text_pooled": (1, 1, 1280), "effnet": (1, 16, 24, 24)}
 TYPES = {"ids": torch.int64, "mask": torch.int64, "r": torch.float32}      # all others are bf16
 # title -> official network, method, inputs, calls for one image of 1024x1024
-NETWORKS = {
-    "Text encoder": ("text_encoder", "forward", TOKENS, 1),
+NETWORKS = {"Text encoder": ("text_encoder", "forward", TOKENS, 1),
     "Stage C lite": ("stage_c_lite", "forward", FOR_C, 20),
     "Stage C": ("stage_c", "forward", FOR_C, 20),
     "Stage B lite": ("stage_b_lite", "forward", FOR_B, 10),
@@ -57,8 +56,7 @@ def shape(tensor):
 
 
 def type_name(tensor):
-    name = str(tensor.dtype).removeprefix("torch.")
-    return {"bfloat16": "bf16", "float32": "fp32"}.get(name, name)
+    return str(tensor.dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
 
 
 def count_flops(name, args, out):
@@ -66,8 +64,7 @@ def count_flops(name, args, out):
     if name == "linear":
         return 2 * out.numel() * args[0].shape[-1]
     if name in ("conv2d", "conv_transpose2d"):
-        shapes = args[0].shape, args[1].shape, out.shape
-        return conv_flop_count(*shapes, transposed=name == "conv_transpose2d")
+        return conv_flop_count(args[0].shape, args[1].shape, out.shape, name == "conv_transpose2d")
     if name == "scaled_dot_product_attention":
         return sdpa_flop_count(*(tensor.shape for tensor in args[:3]))
     return 0
@@ -79,14 +76,9 @@ def attention_trap(args):
     return args["query"].shape != args["key"].shape and "the condition's keys come after the image's"
 
 
-def shuffle_trap(args):
-    factor = args.get("upscale_factor") or args.get("downscale_factor")
-    return factor > 1 and "channel is c·p² + row·p + column"
-
-
+SHUFFLED = "channel is c·p² + row·p + column"
 # What a port gets wrong, read from an operator's arguments: (operator, function that returns it, or False).
-TRAPS = (
-    ("gelu", lambda args: args["approximate"] == "none" and "exact, with erf"),
+TRAPS = (("gelu", lambda args: args["approximate"] == "none" and "exact, with erf"),
     ("upsample_bilinear2d", lambda args: args["align_corners"] and "corners aligned"),
     ("sum", lambda args: args["dim"] == [1, 2] and "GRN: over all positions, cannot be tiled"),
     ("pad", lambda args: args["mode"] == "replicate" and "edges replicated"),
@@ -96,8 +88,8 @@ TRAPS = (
     ("batch_norm", lambda args: f"training={args['training']}: running statistics, eps {args['eps']:g}"),
     ("layer_norm", lambda args: f"eps {args['eps']:g}" + ", no scale or shift" * (args["weight"] is None)),
     ("scaled_dot_product_attention", attention_trap),
-    ("pixel_shuffle", shuffle_trap),
-    ("pixel_unshuffle", shuffle_trap),
+    ("pixel_shuffle", lambda args: args["upscale_factor"] > 1 and SHUFFLED),
+    ("pixel_unshuffle", lambda args: args["downscale_factor"] > 1 and SHUFFLED),
     ("mul", lambda args: str(args["other"]) == "1.702" and "quick GELU: x·sigmoid(1.702x)"),
     ("argmax", lambda args: "the first of equals"))
 
@@ -204,8 +196,7 @@ def operators_page():
         parameters = sum(parameter.numel() for parameter in network.parameters())
         totals[title] = calls * flops, calls * moved, bool(calls) * parameters * 2
         first = next(iter(shapes.values()))
-        summary.append([
-            title, "×".join(map(str, first)), shape(out), f"{parameters / 1e6:.1f} M",
+        summary.append([title, "×".join(map(str, first)), shape(out), f"{parameters / 1e6:.1f} M",
             f"{parameters * 2 / 1e6:.0f}", f"{flops / 1e9:.1f}", f"{moved / 1e6:.0f}",
             record.largest[1], f"{record.peak / 1e6:.0f}", calls])
         if title not in ("Stage C", "Stage B"):
