@@ -3,7 +3,6 @@ unchanged image (mean over its values, 0 to 255) and what the evaluator of shape
 
     python weights/exercises.py FOLDER              the images and the copy stay in FOLDER
 """
-import shutil
 import subprocess
 import sys
 from pathlib import Path
