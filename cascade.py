@@ -6,6 +6,7 @@
     python cascade.py "a circle" --negative "red" --guidance 6
     python cascade.py "a green heart" -o heart.safetensors                      Stage C only: save semantic latents
     python cascade.py --latents heart.safetensors -o heart.png                  Stage B and A: decode them
+    python cascade.py "a blue star" --animate star.gif                          noise becoming the image
     python cascade.py --variation-image a.png                                   a variation of an image
     python cascade.py "a blue star" --init-image a.png --strength 0.7           image to image
     python cascade.py --reconstruct a.png                                       to the semantic latent and back
@@ -43,7 +44,7 @@ from typing import get_type_hints
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save
 from torch import Tensor
@@ -194,7 +195,7 @@ class Cascade:
     def decode(self, latents: Tensor, prompts: Prompts = "", negative: str | list[str] = "", *,
                width: int | None = None, height: int | None = None, seed: int = 0, steps: int = 10,
                guidance: float | None = None, recipe: str = "diffusers", prior_steps: int | None = 20,
-               output: str = "pil"):
+               output: str = "pil", callback: Callable | None = None):
         """Stage B and A: semantic latents (N, 16, Hc, Wc) -> N images of exactly width x height pixels.
 
         prompts         the prompts of the latents, in the same order, or their TextEmbeddings
@@ -203,6 +204,7 @@ class Cascade:
         prior_steps     Stage C's steps, whose noise is skipped, as in diffusers; None: skip nothing
         output          "pil": a list of images; "np": (N, H, W, 3), "pt": (N, 3, H, W), fp32 in [0, 1]; "latent": the image
                         latents (N, 4, Hb, Wb)
+        callback        as for `prior`; x0 is an image latent
         """
         width, height = self._decoded_size(latents, width, height)
         check(steps=steps, output=output, recipe=recipe)
@@ -217,7 +219,8 @@ class Cascade:
         condition = {"clip_text_pooled": text.pooled.repeat_interleave(N // P, dim=0),  # (2 * N, 1, D)
                      "effnet": append_zeros(latents)}  # (2 * N, 16, Hc, Wc)
         shape = (4, 2 * math.ceil(height / 8), 2 * math.ceil(width / 8))  # even, for Stage B's patches
-        z = self._denoise("stage_b", shape, condition, steps, guidance, noise_generators, recipe)
+        z = self._denoise("stage_b", shape, condition, steps, guidance, noise_generators, recipe,
+                          callback)
         if output == "latent":
             return z
         return to_output(self._decode_pixels(z)[:, :, :height, :width], output)
@@ -554,7 +557,7 @@ STAGE_C = {"negative", "width", "height", "images", "seed", "steps", "guidance",
            "guidance_interval", "variation_image", "init_image", "strength"}
 STAGE_B = {"decoder_steps", "decoder_guidance", "decoder_dtype", "lite_decoder"}
 MODES = {                                               # the options of each mode; it refuses the others
-    "prompts": SETUP | STAGE_C | STAGE_B | {"prompts", "previews"},
+    "prompts": SETUP | STAGE_C | STAGE_B | {"prompts", "previews", "animate"},
     "prompt_file": SETUP | STAGE_C | STAGE_B | {"prompt_file", "overwrite"},
     "latents": SETUP | STAGE_B | {"latents"},
     "reconstruct": SETUP | STAGE_B | {"reconstruct", "width", "height", "seed", "recipe"}}
@@ -599,6 +602,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--strength", type=number("strength"), help="how much --init-image changes (default: 0.8)")
     add("--reconstruct", metavar="FILE", help="encode this image to a semantic latent, then decode")
     add("--previews", type=Path, metavar="FOLDER", help="save Stage C's prediction at each step")
+    add("--animate", type=Path, metavar="FILE",
+        help=".gif or .webp: the predictions of both stages, step by step, for the first image")
     add("--negative", metavar="TEXT", help="negative prompt: what not to draw (needs guidance)")
     add("--width", type=number("width"), help="in pixels (default: the size trained for)")
     add("--height", type=number("height"), help="in pixels (default: the size trained for)")
@@ -639,7 +644,7 @@ def settle(options):
         used = used - {"strength"}
     latents_only = options.output.suffix == ".safetensors"
     if latents_only:
-        used = used - STAGE_B
+        used = used - STAGE_B - {"animate"}
     where = "when only latents are saved" if latents_only else f"with {option(mode)}"
     for name, value in vars(options).items():
         require(value is None or name in used, f"{option(name)}: not used {where}")
@@ -656,6 +661,8 @@ def settle(options):
     endings = (".png",) if mode in ("latents", "prompt_file") else (".png", ".safetensors")
     require(options.output.suffix in endings,
             f"--output: expected a name that ends in {' or '.join(endings)}, got {options.output}")
+    require(options.animate is None or options.animate.suffix in (".gif", ".webp"),
+            f"--animate: expected a name that ends in .gif or .webp, got {options.animate}")
     return mode
 
 
@@ -773,7 +780,7 @@ def plan(options, mode, cascade):
         names.append("effnet_encoder")
     if options.output.suffix == ".png":
         names += ["stage_b", "stage_a"]
-    if options.previews:
+    if options.previews or options.animate:
         cascade.file("previewer")
     names_of_fields = [field.name for field in fields(Record)]
     values = {name: value for name, value in vars(options).items() if name in names_of_fields}
@@ -835,6 +842,8 @@ def check_outputs(options, paths):
     """Refuses, before the work, what could not be written after it or would overwrite something else."""
     inputs = [options.prompt_file, options.latents, options.init_image, options.reconstruct]
     inputs = [os.path.realpath(path) for path in inputs + (options.variation_image or []) if path]
+    if options.animate:
+        paths = paths + [options.animate]
     if options.previews:
         paths = paths + [preview_path(options.previews, i + 1) for i in range(options.steps)]
     require(len(set(paths)) == len(paths), f"{options.output}: is also one of the --previews")
@@ -886,7 +895,12 @@ def draw(options, cascade, jobs):
         text = cascade.encode_prompt(job.record.prompts, job.record.negative or "")
         texts.append(text.to("cpu"))
     cascade.kept.clear()
-    callback = save_previews(options.previews, cascade) if options.previews else None
+    animation = callback = None
+    if options.animate:
+        record = jobs[0].record
+        animation = Animation(cascade, record.prompts[0], record.width, record.height)
+    if options.previews or options.animate:
+        callback = show_previews(cascade, options.previews, animation)
     for job, text in zip(jobs, texts):
         if job.latents is None:
             job.latents = generate_latents(options, cascade, job.record, text, callback).cpu()
@@ -896,11 +910,13 @@ def draw(options, cascade, jobs):
             metadata = {"cascade": json.dumps(asdict(job.record))}
             write_file(job.outputs[0], save({"latents": job.latents}, metadata))
         else:
-            images = decode_images(cascade, job, text)
+            images = decode_images(cascade, job, text, animation)
             if options.reconstruct:
                 print_psnr(options.reconstruct, images[0], job.latents)
         job.latents = None
     cascade.kept.clear()
+    if animation:
+        animation.write(options.animate)
 
 
 def generate_latents(options, cascade, record, text, callback):
@@ -913,28 +929,79 @@ def generate_latents(options, cascade, record, text, callback):
         strength=record.strength or 0.0, interval=record.guidance_interval, callback=callback)
 
 
-def decode_images(cascade, job, text):
+def decode_images(cascade, job, text, animation):
     record = job.record
     images = cascade.decode(
         job.latents, text, width=record.width, height=record.height, seed=record.seed,
         steps=record.decoder_steps, guidance=record.decoder_guidance, recipe=record.recipe,
-        prior_steps=record.prior_steps, output="np")
+        prior_steps=record.prior_steps, output="np",
+        callback=animation.add_image_latents if animation else None)
     for i, (image, path) in enumerate(zip(images, job.outputs)):
         write_file(path, png(to_pillow(image), record.texts(i)))
     return images
 
 
-def save_previews(folder, cascade):
-    """A callback that saves the predicted clean latents of each step, as small images side by side."""
+def show_previews(cascade, folder=None, animation=None):
+    """A callback that shows what Stage C predicts at each step: saved to a folder, the images side by side, or added to
+    an animation."""
     previewer = cascade.network("previewer")
 
     def callback(step, x0):
-        """Latents (N, 16, Hc, Wc) -> an image of them side by side."""
+        """Latents (N, 16, Hc, Wc) -> small images."""
         pixels = previewer(x0.to(cascade.dtypes["previewer"])).float()  # (N, 3, 8 * Hc, 8 * Wc)
-        row = torch.cat(list(cascade.check_finite("previewer", pixels)), dim=2)  # (3, 8 * Hc, N * 8 * Wc)
-        image = to_pillow(row.clamp(0, 1).permute(1, 2, 0).cpu().numpy())
-        write_file(preview_path(folder, step), png(image, {"step": str(step)}))
+        pixels = cascade.check_finite("previewer", pixels).clamp(0, 1)
+        if folder:
+            row = torch.cat(list(pixels), dim=2)  # (3, 8 * Hc, N * 8 * Wc)
+            image = to_pillow(row.permute(1, 2, 0).cpu().numpy())
+            write_file(preview_path(folder, step), png(image, {"step": str(step)}))
+        if animation:
+            animation.add_preview(pixels)
     return callback
+
+
+class Animation:
+    """The first image of a run, step by step: on the left what Stage C predicts, as the previewer shows it; on the right
+    what Stage B predicts; the prompt below."""
+    def __init__(self, cascade, prompt, width, height):
+        scale = 256 / max(width, height)
+        self.half_size = round(width * scale), round(height * scale)
+        self.cascade, self.prompt, self.width, self.height = cascade, prompt, width, height
+        self.left = self.right = Image.new("RGB", self.half_size, "white")
+        self.frames = []
+
+    def add_preview(self, pixels):
+        """Pixels (N, 3, H, W) of the previewer -> one more frame."""
+        self.left = self.to_half(pixels)
+        self.add_frame()
+
+    def add_image_latents(self, _, x0):
+        """Image latents (N, 4, Hb, Wb) -> one more frame."""
+        pixels = self.cascade._decode_pixels(x0[:1])  # (1, 3, 4 * Hb, 4 * Wb)
+        self.right = self.to_half(pixels[:, :, :self.height, :self.width])
+        self.add_frame()
+
+    def to_half(self, pixels):
+        image = to_pillow(pixels[0].permute(1, 2, 0).cpu().numpy())
+        return image.resize(self.half_size, Image.Resampling.BICUBIC)
+
+    def add_frame(self):
+        width, height = self.half_size
+        frame = Image.new("RGB", (2 * width + 8, height + 32), "gainsboro")
+        frame.paste(self.left, (0, 0))
+        frame.paste(self.right, (width + 8, 0))
+        font = ImageFont.load_default(16)
+        prompt = self.prompt
+        while font.getlength(prompt) > frame.width:
+            prompt = prompt[:-2] + "…"
+        ImageDraw.Draw(frame).text((width + 4, height + 16), prompt, "black", font, anchor="mm")
+        self.frames.append(frame)
+
+    def write(self, path):
+        file = io.BytesIO()
+        durations = [120] * (len(self.frames) - 1) + [2500]             # milliseconds
+        self.frames[0].save(file, path.suffix[1:], save_all=True, append_images=self.frames[1:],
+                            duration=durations, loop=0)
+        write_file(path, file.getvalue())
 
 
 def preview_path(folder, step):

@@ -23,7 +23,7 @@ from PIL import Image
 from tiny import IMAGE, PREVIEWER, STAGE_A, STAGE_B, STAGE_C, TEXT, networks, write_folder
 
 import model
-from cascade import Cascade, save_previews
+from cascade import Animation, Cascade, show_previews
 from sampler import RECIPES
 
 FILES = [str(ROOT / f"{name}.py") for name in ("model", "sampler", "text_encoder", "cascade")]
@@ -207,13 +207,14 @@ def run_networks():
 def run_pipeline(folder):
     cascade = Cascade(write_folder(folder / "weights"), keep=True)
     image, size, prompts = Image.effect_noise((70, 90), 50), {"width": 100, "height": 150}, ["a red circle", "a star", "two"]
+    animation = Animation(cascade, "a red circle", **size)
     for recipe, output in zip(RECIPES, ("pil", "np", "pt")):
         cascade(prompts, "blue", steps=2, decoder_steps=1, images=2, recipe=recipe, output=output, guidance=2.0,
-                variation_images=[image] * 4, callback=save_previews(folder, cascade), **size)
+                variation_images=[image] * 4, callback=show_previews(cascade, folder, animation), **size)
     text, latent = cascade.encode_prompt(prompts, ["blue", "", "red"]), cascade.encode_semantic(image, **size)
     for init_image in (latent, latent.expand(6, -1, -1, -1)):
         latents = cascade.prior(text, steps=2, images=2, init_image=init_image, **size)
-    cascade.decode(latents, text, steps=1, output="latent", **size)
+    cascade.decode(latents, text, steps=1, output="latent", callback=animation.add_image_latents, **size)
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ def test_a_quick_run_trains_every_stage_once_and_its_files_draw(tmp_path):
         losses = re.findall(rf"^{stage} \d+/\d+ .*?{name} ([\d.]+)", output, re.MULTILINE)
         assert float(losses[-1]) < (0.98 if stage == "clip" else 0.9) * float(losses[0]), stage
     previews = {path.stem for path in (tmp_path / "work").glob("*.png")}
-    assert previews == {"a", "encoder", "b", "previewer"}
+    assert previews == {"a", "encoder", "b", "c", "previewer"}
     before = contents(tmp_path / "tiny")
     assert "continues at step" in train(tmp_path, "a") and contents(tmp_path / "tiny") == before
     few = ["--steps", 2, "--decoder-steps", 2, "--weights", tmp_path / "tiny"]

@@ -13,7 +13,7 @@ out of training, to test whether a model generalises to combinations it has neve
 Positions are in pixels of a 128 x 128 image: x to the right and y down from the top left corner.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from math import ceil, cos, pi, sin
 
@@ -33,23 +33,27 @@ OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "bel
 
 @dataclass(frozen=True)
 class Object:
-    shape: str
-    colour: str
-    size: str
-    x: float                                                    # centre of the bounding box
-    y: float
+    """None is an attribute that a prompt leaves open."""
+    shape: str | None
+    colour: str | None = None
+    size: str | None = None
+    x: float | None = None                                      # centre of the bounding box
+    y: float | None = None
+    overlap: float = field(default=1.0, compare=False)          # detected: IoU with the ideal shape
+    purity: float = field(default=1.0, compare=False)           # detected: share of pixels in its colour
 
 
 @dataclass(frozen=True)
 class Scene:
     objects: tuple[Object, ...]
-    background: str
+    background: str | None = None
+    purity: float = field(default=1.0, compare=False)           # detected: of the background
 
 
 def relation(scene):
     """How objects[0] lies relative to objects[1], along the axis on which they are farther apart.
-    None unless there are two objects."""
-    if len(scene.objects) != 2:
+    None unless there are two objects with positions."""
+    if len(scene.objects) != 2 or None in (scene.objects[0].x, scene.objects[1].x):
         return None
     first, second = scene.objects
     dx = first.x - second.x
@@ -109,14 +113,16 @@ def sample_names(rng, count, held):
     return names if rng.random() < 0.5 else names[::-1]
 
 
-def sample_scene(rng, two=0.5, held=False):
-    """A random scene: two objects with probability `two`, else one.
+def sample_scene(rng, two=0.5, held=False, alike=0.0):
+    """A random scene: two objects with probability `two`, else one; a share `alike` of the pairs are
+    alike in shape, colour and size, the others differ in shape or colour.
 
     With `held`, only held-out scenes: half of the pairs are held-out pairs, the others contain one
     held-out object. Otherwise never a held-out scene.
     """
     count = 2 if rng.random() < two else 1
-    names = sample_names(rng, count, held)
+    is_alike = count == 2 and rng.random() < alike if alike else False
+    names = sample_names(rng, 1, held) * 2 if is_alike else sample_names(rng, count, held)
     used = {colour for colour, _ in names}
     background = pick(rng, [colour for colour in COLOURS if colour not in used])
     if count == 1:
@@ -129,6 +135,8 @@ def sample_scene(rng, two=0.5, held=False):
     positions = SIDE / 2 + offsets + rng.uniform(-spread, spread, (count, 2))
     positions = np.round(positions * 8) / 8                     # render() draws to an eighth of a pixel
     sizes = [pick(rng, list(SIZES)) for _ in names]
+    if is_alike:
+        sizes[1] = sizes[0]
     objects = [
         Object(shape, colour, size, float(x), float(y))
         for (colour, shape), size, (x, y) in zip(names, sizes, positions)
@@ -193,23 +201,57 @@ def render(scene, size=SIDE):
 
 
 # ---- captions ------------------------------------------------------------------------------------
-# Words are drawn uniformly from these lists, so the usual word of each is repeated.
+# Words are drawn uniformly from these lists, so the usual ones are repeated.
 
 SHAPE_WORDS = {
     "circle": ["circle"] * 4 + ["disc"], "square": ["square"] * 4 + ["box"],
     "triangle": ["triangle"], "star": ["star"], "ring": ["ring"] * 4 + ["hoop"], "heart": ["heart"],
 }
 SIZE_WORDS = {"large": ["large"] * 3 + ["big"], "small": ["small"] * 4 + ["little", "tiny"]}
-BACKGROUND_WORDS = ["background"] * 7 + ["ground", "field", "backdrop"]
+VAGUE_WORDS = ["thing", "object", "shape"]
+EMPTY_ADJECTIVES = ["nice", "simple", "plain", "flat", "pretty", "solid"]
+ARTICLES = ["a"] * 9 + ["the", "the", "", "", "one", "1", "a single"]
+NUMBERS = ["two"] * 6 + ["2", "2", "a pair of", "a couple of"]
+ARRANGEMENTS = {
+    "left of": ["side by side", "next to each other"], "right of": ["side by side", "next to each other"],
+    "above": ["one above the other", "one over the other"],
+    "below": ["one below the other", "one under the other"],
+}
 RELATION_WORDS = {
     "left of": ["left of"] * 4 + ["to the left of"] * 2 + ["on the left of"],
     "right of": ["right of"] * 4 + ["to the right of"] * 2 + ["on the right of"],
-    "above": ["above"] * 4 + ["over"], "below": ["below"] * 4 + ["under", "beneath"],
+    "above": ["above"] * 5 + ["over", "on top of", "directly above"],
+    "below": ["below"] * 5 + ["under", "beneath", "underneath", "directly below"],
 }
-ARTICLES = ["a"] * 8 + ["the", ""]
-OPENINGS = [""] * 9 + ["a picture of", "an image of", "a drawing of", "there is", "here is"]
 PHRASES = ["{a} {where} {b}"] * 6 + ["{b} and, {where} it, {a}"]        # may follow an opening
-SENTENCES = ["{a} is {where} {b}", "{a} sits {where} {b}", "{where} {b} sits {a}"]
+SENTENCES = ["{a} is {where} {b}", "{a} sits {where} {b}", "{where} {b} sits {a}",
+             "{where} {b} there is {a}", "{a} that is {where} {b}"]
+LISTS = ["{a} and {b}"] * 8 + [                                         # in reading order
+    "{a}, {b}", "{a} with {b}", "{a} next to {b}", "{a} beside {b}", "{a} and also {b}",
+    "both {a} and {b}", "{a} & {b}", "{a} + {b}", "{a} and then {b}", "{a} as well as {b}",
+]
+OPENINGS = [""] * 10 + [
+    "a picture of", "an image of", "a drawing of", "there is", "there is", "here is", "this is",
+    "draw", "draw", "please draw", "show me", "paint", "make", "create", "i want", "can you draw",
+]
+BACKGROUND_WORDS = ["background"] * 7 + ["ground", "field", "backdrop"]
+BACKGROUND_FORMS = ["{text} on {ground}"] * 12 + [
+    "{text} with {ground}", "{text} with {ground}", "{text} against {ground}", "{text} over {ground}",
+    "{text} in front of {ground}", "on {ground}, {text}", "on {ground} {text}", "{ground}: {text}",
+]
+BACKGROUND_SENTENCES = [
+    "{text}, {colour} background", "{text}. the background is {colour}",
+    "{text}, and the background is {colour}", "{text}, background {colour}", "{text} ({colour} background)",
+]
+FILLERS = (                                                             # words without a meaning here
+    "please hello hi now just only ok so well very really simply maybe my your our me us you we it they "
+    "he she that which who for from in as by like some any all again today here thanks thank would could "
+    "should can will must need want see look give get have has had be been was are do does did "
+    "at about around exactly almost completely perfectly entirely clearly immediately somewhere "
+    "flat art style clean minimal digital design icon logo poster sketch illustration cartoon graphic "
+    "sticker card scene view symbol sign child kids book simple bright beautiful lovely great best "
+    "generate produce render depict showing shows containing placed located standing floating seen"
+).split()
 
 
 def with_article(article, words):
@@ -218,57 +260,143 @@ def with_article(article, words):
     return f"{article} {words}".strip()
 
 
+def plural(word):
+    return f"{word}es" if word.endswith("x") else f"{word}s"
+
+
+def choose_attributes(full, rng):
+    """Which of size, colour and shape to name: all if full, else a random choice that has at least one
+    of colour and shape."""
+    size, colour, shape = rng.random(3) < ([1, 1, 1] if full else [0.3, 0.65, 0.8])
+    return size, colour, shape or not colour
+
+
 def name_object(item, article, full, rng):
-    """'a large red circle'. Unless full, attributes may be omitted, but not both colour and shape."""
-    size, colour, shape = rng.random(3) < ([1, 1, 1] if full else [0.35, 0.75, 0.8])
-    if not colour and not shape:
-        colour = shape = True
+    """'a large red circle'. Unless full, some attributes may be omitted."""
+    size, colour, shape = choose_attributes(full, rng)
     if article == "a" and colour and not size and not shape and rng.random() < 0.5:
         return f"something {item.colour}"
-    words = []
+    noun = pick(rng, SHAPE_WORDS[item.shape] if shape else VAGUE_WORDS)
+    words = [noun]
+    if colour and shape and rng.random() < 0.06:
+        words = [noun, "in", item.colour]
+    elif colour:
+        words = [item.colour, noun]
     if size:
-        words.append(pick(rng, SIZE_WORDS[item.size]))
-    if colour:
-        words.append(item.colour)
-    words.append(pick(rng, SHAPE_WORDS[item.shape] if shape else ["thing", "object"]))
+        words.insert(0, pick(rng, SIZE_WORDS[item.size]))
+    if rng.random() < 0.05:
+        words.insert(0, pick(rng, EMPTY_ADJECTIVES))
     return with_article(article, " ".join(words))
 
 
-def caption(scene, rng):
-    """A random description in plain English. About half of the captions are full: they name size,
-    colour and shape of each object, the relation and the background. Others omit some of it.
-    Every caption is true."""
-    full = rng.random() < 0.5
+def name_plural(scene, full, rng):
+    """'two large red circles'. Names only what both objects share."""
+    a, b = scene.objects
+    size, colour, shape = choose_attributes(full, rng)
+    shape = a.shape == b.shape and (shape or a.colour != b.colour)
+    words = [pick(rng, NUMBERS)]
+    if size and a.size == b.size:
+        words.append(pick(rng, SIZE_WORDS[a.size]))
+    if a.colour == b.colour and (colour or not shape):
+        words.append(a.colour)
+    words.append(plural(pick(rng, SHAPE_WORDS[a.shape] if shape else VAGUE_WORDS)))
+    if rng.random() < 0.3:
+        words.append(pick(rng, ARRANGEMENTS[relation(scene)]))
+    return " ".join(words)
+
+
+def is_alike(scene):
+    """Two objects of the same shape, colour and size."""
+    return len({(item.shape, item.colour, item.size) for item in scene.objects}) < len(scene.objects)
+
+
+def has_common_attribute(scene):
+    """Two objects of the same shape or colour."""
+    shape_count = len({item.shape for item in scene.objects})
+    colour_count = len({item.colour for item in scene.objects})
+    return min(shape_count, colour_count) < len(scene.objects)
+
+
+def name_pair(scene, article, full, rng, sentences):
+    """'a large red circle left of a small blue star', or the two joined by 'and'.
+
+    Where the caption says nothing about their positions, objects are named in reading order: left
+    before right, above before below. It is what people mean, and otherwise the positions would be a
+    coin toss that Stage C could only average.
+    """
+    where = relation(scene)
+    joined = rng.random() < 0.5
+    swap = where in ("right of", "below") if joined else rng.random() < 0.5
+    a, b = scene.objects
+    if swap:
+        a, b = b, a
+        where = OPPOSITE[where]
+    a = name_object(a, article, full, rng)
+    b = name_object(b, "another" if is_alike(scene) and article else article, full, rng)
+    if joined:
+        return pick(rng, LISTS).format(a=a, b=b)
+    form = pick(rng, PHRASES + SENTENCES if sentences else PHRASES)
+    return form.format(a=a, b=b, where=pick(rng, RELATION_WORDS[where]))
+
+
+def add_background(text, scene, article, rng):
+    colour = scene.background
+    if rng.random() < 0.12:
+        return pick(rng, BACKGROUND_SENTENCES).format(text=text, colour=colour)
+    article = article if article in ("a", "the") else pick(rng, ["a", ""])
+    ground = with_article(article, f"{colour} {pick(rng, BACKGROUND_WORDS)}")
+    if rng.random() < 0.15:
+        return f"{text} on {colour}"
+    if rng.random() < 0.06 and text.split()[0] in ("a", "an", "two"):
+        return f"{ground} with {text}"
+    return pick(rng, BACKGROUND_FORMS).format(text=text, ground=ground)
+
+
+def random_word(rng):
+    """A word that means nothing here: a known one, or random syllables in place of any unknown one."""
+    if rng.random() < 0.6:
+        return pick(rng, FILLERS)
+    word = ""
+    for _ in range(int(rng.integers(1, 4))):
+        word += pick(rng, ["", *"bcdfghklmnprstvw"]) + pick(rng, "aeiou") + pick(rng, ["", *"lmnrst"])
+    return word
+
+
+def add_fillers(text, rng):
+    """One to three words that mean nothing, anywhere."""
+    words = text.split()
+    for _ in range(int(rng.integers(1, 4))):
+        words.insert(int(rng.integers(len(words) + 1)), random_word(rng))
+    return " ".join(words)
+
+
+def caption(scene, rng, fillers=0.25):
+    """A random description in plain English. A third of the captions are full: they name size, colour
+    and shape of each object and the background. The others omit some of it. Every caption is true. A
+    share `fillers` contains words that mean nothing, so that an unknown word does no harm."""
+    full = rng.random() < 0.35
     article = pick(rng, ARTICLES)
-    opening = pick(rng, OPENINGS) if article == "a" else ""
-    names = [name_object(item, article, full, rng) for item in scene.objects]
-    if len(names) == 1:
-        text = names[0]
+    opening = pick(rng, OPENINGS)
+    if is_alike(scene):
+        plural_share = 0.7
     else:
-        a, b = names
-        where = relation(scene)
-        if rng.random() < 0.5:                                  # the same from the other object's side
-            a, b = b, a
-            where = OPPOSITE[where]
-        forms = list(PHRASES)
-        if not full:
-            forms.append("{a} and {b}")
-        if not opening and article:
-            forms += SENTENCES
-        form = pick(rng, forms)
-        text = form.format(a=a, b=b, where=pick(rng, RELATION_WORDS[where]))
+        plural_share = 0.4 if has_common_attribute(scene) and not full else 0.0
+    if rng.random() < plural_share:
+        text = name_plural(scene, full, rng)
+        if opening.endswith(" is"):
+            opening = opening.replace("this is", "these are").replace(" is", " are")
+    elif len(scene.objects) == 2:
+        text = name_pair(scene, article, full, rng, sentences=not opening and article)
+    else:
+        text = name_object(scene.objects[0], article, full, rng)
     text = f"{opening} {text}".strip()
-    if full or rng.random() < 0.35:
-        background = scene.background
-        if rng.random() < 0.85:
-            background = with_article(article, f"{background} {pick(rng, BACKGROUND_WORDS)}")
-        if opening in ("", "there is") and rng.random() < 0.12:
-            text = f"on {background}, {text}"
-        else:
-            text = f"{text} on {background}"
+    if full or rng.random() < 0.3:
+        text = add_background(text, scene, article, rng)
+    if rng.random() < fillers and len(text.split()) < 17:       # the text encoder reads 32 tokens
+        text = add_fillers(text, rng)
     if rng.random() < 0.4:
         text = text[0].upper() + text[1:]
-    return text + ("." if rng.random() < 0.1 else "")
+    return text + pick(rng, [""] * 12 + [".", ".", "!"])
 
 
 def full_caption(scene):
@@ -317,8 +445,8 @@ def area_and_centroid(shape):
 
 
 def fit_shape(region):
-    """The (shape, size, x, y) that fits a connected region best: each shape is drawn with the region's
-    area and centroid, and the one with the largest intersection over union wins."""
+    """The (shape, size, x, y, overlap) that fits a connected region best: each shape is drawn with the
+    region's area and centroid, and the one with the largest overlap, intersection over union, wins."""
     y, x = region.mean(0) + 0.5
     low = region.min(0) - 4
     high = region.max(0) + 5
@@ -332,9 +460,9 @@ def fit_shape(region):
         ideal = inside(shape, (columns - x) / radius + u, (rows - y) / radius + v)
         overlap = (ideal & mask).sum() / (ideal | mask).sum()
         best = max(best, (overlap, shape, radius, x - u * radius, y - v * radius))
-    _, shape, radius, x, y = best
+    overlap, shape, radius, x, y = best
     size = "small" if radius < (SIZES["small"] * SIZES["large"]) ** 0.5 else "large"
-    return shape, size, float(x), float(y)
+    return shape, size, float(x), float(y), float(overlap)
 
 
 def detect(image):
@@ -361,17 +489,30 @@ def detect(image):
     names = list(COLOURS)
     objects = []
     for region in connected_components(foreground):
-        shape, size, x, y = fit_shape(region)
+        shape, size, x, y, overlap = fit_shape(region)
         inner = contrast[tuple(region.T)]
         inner = inner >= np.median(inner)                       # the half least blurred by edges
-        colour = np.median(pixels[tuple(region.T)][inner], 0)
-        objects.append(Object(shape, names[nearest_colour(colour)], size, x, y))
-    return Scene(tuple(sorted(objects, key=lambda item: item.x)), names[background])
+        inner = pixels[tuple(region.T)][inner]                                          # (n, 3)
+        colour = np.median(inner, 0)
+        purity = float((np.linalg.norm(inner - colour, axis=-1) < CONTRAST).mean())
+        objects.append(Object(shape, names[nearest_colour(colour)], size, x, y, overlap, purity))
+    objects.sort(key=lambda item: item.x)
+    far = np.asarray(Image.fromarray(foreground).convert("L").filter(ImageFilter.MaxFilter(9))) == 0
+    purity = float((contrast[far] < CONTRAST).mean()) if far.any() else 0.0
+    return Scene(tuple(objects), names[background], purity)
+
+
+def is_intact(detected):
+    """One plain background, and complete shapes of a single colour."""
+    parts = [detected.purity > 0.98]
+    for item in detected.objects:
+        parts.append(item.overlap > 0.8 and item.purity > 0.9)
+    return all(parts)
 
 
 def score(scene, detected):
     """What a detected scene gets right, as bools: count, background, shape, colour, size, relation,
-    and all (everything but the size).
+    intact, and all (everything but size and intact). What the scene leaves open (None) is right.
 
     Two objects are matched in the order that agrees best in shape and colour, then in relation. With
     a wrong count nothing can be matched, and only the background may be right.
@@ -382,16 +523,18 @@ def score(scene, detected):
     if len(scene.objects) == len(detected.objects):
         for order in (detected.objects, detected.objects[::-1]):
             pairs = list(zip(scene.objects, order))
-            same = {
-                name: [getattr(a, name) == getattr(b, name) for a, b in pairs] for name in attributes
-            }
+            same = {}
+            for name in attributes:
+                same[name] = [getattr(a, name) in (None, getattr(b, name)) for a, b in pairs]
             result = {name: all(same[name]) for name in attributes}
-            result["relation"] = relation(scene) == relation(Scene(order, detected.background))
+            found = relation(Scene(order))
+            result["relation"] = relation(scene) in (None, found)
             rank = (sum(same["shape"] + same["colour"]), result["relation"], sum(same["size"]))
             if rank > best_rank:
                 best_rank = rank
                 best = result
-    count = len(scene.objects) == len(detected.objects)
-    best = {"count": count, "background": scene.background == detected.background} | best
+    best["count"] = len(scene.objects) == len(detected.objects)
+    best["background"] = scene.background in (None, detected.background)
+    best["intact"] = is_intact(detected)
     required = ("count", "background", "shape", "colour", "relation")
     return best | {"all": all(best[name] for name in required)}

@@ -2,6 +2,7 @@
 
     python weights/train_tiny.py all                            # every stage in turn
     python weights/train_tiny.py all --quick --out /tmp/quick   # a minute: tests the code, learns nothing
+    python weights/train_tiny.py c --minutes 10                 # watch Stage C learn, from scratch
 
 The stages, in the order of this file (b needs a and encoder; clip needs encoder; c needs clip):
 
@@ -15,17 +16,20 @@ The stages, in the order of this file (b needs a and encoder; clip needs encoder
 
 Every stage resumes from its last checkpoint in --work, so it can be interrupted at any time. It saves
 sample images there, and writes its result to --out under the official name, where `python cascade.py`
-finds it.
+finds it. With --minutes one stage starts from scratch on fewer images and adds a row to its sample images
+every minute; its result goes to --work, and --out stays as it is.
 
 Shapes: B batch, 128x128 pixels, image latents (B, 4, 32, 32), semantic latents (B, 16, 3, 3).
 """
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import os
 import sys
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,7 +52,7 @@ from model import (                                                             
     Previewer, PreviewerConfig, SemanticEncoder, SemanticEncoderConfig, StageA, StageAConfig, UNet,
     UNetConfig, load,
 )
-from sampler import alpha_bar, predict_x0                                               # noqa: E402
+from sampler import alpha_bar, generators, predict_x0, sample                           # noqa: E402
 from text_encoder import (                                                              # noqa: E402
     END, START, ImageConfig, ImageEncoder, TextConfig, TextEncoder, Tokenizer,
 )
@@ -81,11 +85,11 @@ LATENT_NOISE = 0.1          # added to semantic latents while decoders train: St
 
 # ---- batches of the synthetic dataset --------------------------------------------------------------
 
-def sample_scenes(count, seed, two=0.5):
-    """The same scenes for the same seed. Every stage has its own range of seeds, so no two training
-    steps see the same batch."""
+def sample_scenes(count, seed, two=0.6):
+    """The same scenes for the same seed, a fifth of the pairs alike. Every stage has its own range of
+    seeds, so no two training steps see the same batch."""
     rng = np.random.default_rng(seed)
-    return [shapes.sample_scene(rng, two) for _ in range(count)]
+    return [shapes.sample_scene(rng, two, alike=0.2) for _ in range(count)]
 
 
 def render_batch(scenes):
@@ -135,11 +139,9 @@ def muon(network, lr):
     ]
 
 
-def learning_rate(lr, step, start, steps):
-    """A short linear warm-up, also after resuming, and a cosine decay to zero."""
-    warm_up = (step - start + 1) / min(200, steps // 4)
-    cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
-    return lr * min(warm_up, cosine)
+def learning_rate(lr, warm_up, progress):
+    """A linear warm-up and a cosine decay to zero, both from 0 to 1."""
+    return lr * min(warm_up, 0.5 + 0.5 * math.cos(math.pi * progress))
 
 
 def update_average(average, network, step):
@@ -158,9 +160,9 @@ def save_checkpoint(path, network, average, step):
     save_atomically(state, path, {"step": str(step)})
 
 
-def load_checkpoint(path, network):
+def load_checkpoint(path, network, resume):
     """Fills the network -> (the moving average, the number of steps done)."""
-    if not path.exists():
+    if not resume or not path.exists():
         return {key: value.clone() for key, value in network.state_dict().items()}, 0
     state = load_file(path)
     network.load_state_dict({key: state[f"network.{key}"] for key in network.state_dict()})
@@ -169,50 +171,79 @@ def load_checkpoint(path, network):
     return {key: state[f"average.{key}"] for key in network.state_dict()}, step
 
 
-def save_preview(path, network, preview):
-    with torch.inference_mode():
-        network.eval()
-        row = torch.cat(list(preview()), dim=2)                                         # (3, H, B * W)
-        network.train()
-    Image.fromarray((row.clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy()).save(path)
+def precision(options):
+    """Matrix products in bf16, with --bf16: twice as fast where the CPU has instructions for it."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=options.bf16)
 
 
-def train(name, network, compute_losses, steps, lr, work, optimizers=adamw, preview=None):
+@torch.inference_mode()
+def preview_row(network, average, preview):
+    """Images (B, 3, H, W) drawn with the moving average, side by side: uint8 (H, B * W, 3)."""
+    state = {key: value.clone() for key, value in network.state_dict().items()}
+    network.load_state_dict(average)
+    network.eval()
+    row = torch.cat(list(preview()), dim=2)                                             # (3, H, B * W)
+    network.train()
+    network.load_state_dict(state)
+    return (row.clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy()
+
+
+def train(name, network, compute_losses, steps, lr, options, optimizers=adamw, preview=None):
     """Minimises the sum of the losses and returns the network with the moving average of its weights.
 
     compute_losses(step)    -> {name: loss}
     preview()               -> images (B, 3, H, W) that show the current state of the network
+
+    Saves a checkpoint and a preview every five minutes. With --minutes it starts from scratch, stops after
+    that time instead of `steps`, and adds a row to the preview every minute.
     """
-    checkpoint = work / f"{name}.safetensors"
-    average, start = load_checkpoint(checkpoint, network)
+    checkpoint = options.work / f"{name}.safetensors"
+    average, start = load_checkpoint(checkpoint, network, resume=not options.minutes)
     if start:
         print(f"{name}: continues at step {start}", flush=True)
     optimizers = optimizers(network.train(), lr)
     interval = min(100, steps // 4)
     history = []
+    rows = []
     start_time = time.time()
-    saved_time = start_time
-    for step in range(start, steps):
+    saved = 0.0
+
+    def save(step):
+        if not options.minutes:
+            save_checkpoint(checkpoint, network, average, step)
+        if preview:
+            row = preview_row(network, average, preview)
+            rows[:] = [*rows, row] if options.minutes else [row]
+            Image.fromarray(np.concatenate(rows)).save(options.work / f"{name}.png")
+
+    step = start
+    while True:
+        minutes = (time.time() - start_time) / 60
+        progress = minutes / options.minutes if options.minutes else step / steps
+        if progress >= 1:
+            break
         torch.manual_seed(step)
         losses = compute_losses(step)
         network.zero_grad()
         sum(losses.values()).backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        warm_up = (step - start + 1) / min(200, steps // 4)                 # also after resuming
         for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = learning_rate(lr, step, start, steps)
+            optimizer.param_groups[0]["lr"] = learning_rate(lr, warm_up, progress)
             optimizer.step()
         update_average(average, network, step)
+        step += 1
 
         history.append([value.item() for value in losses.values()])
-        if (step + 1) % interval == 0:
+        if step % interval == 0:
             means = "  ".join(f"{key} {mean:.5f}" for key, mean in zip(losses, np.mean(history, 0)))
-            print(f"{name} {step + 1}/{steps}  {means}  {time.time() - start_time:.0f} s", flush=True)
+            print(f"{name} {step}/{steps}  {means}  {60 * minutes:.0f} s", flush=True)
             history = []
-        if time.time() - saved_time > 120 or step == steps - 1:
-            save_checkpoint(checkpoint, network, average, step + 1)
-            if preview:
-                save_preview(work / f"{name}.png", network, preview)
-            saved_time = time.time()
+        if minutes - saved > (1 if options.minutes else 5):
+            saved = minutes
+            save(step)
+    if step > start:
+        save(step)
     network.load_state_dict(average)
     return network.eval()
 
@@ -232,17 +263,34 @@ def save_fp16(network, path, metadata=None):
     save_atomically(tensors, path, metadata)
 
 
+def start_from(network, options, file):
+    """With --start: the weights of an earlier training, by name. Tokens of another vocabulary keep their
+    embeddings."""
+    if not options.start:
+        return
+    state = {key: value.float() for key, value in load_file(options.start / file).items()}
+    for key, value in state.items():
+        if key.endswith("token_embedding.weight"):
+            before = json.loads((options.start / "tokenizer" / "vocab.json").read_text("utf-8"))
+            now = json.loads((options.out / "tokenizer" / "vocab.json").read_text("utf-8"))
+            state[key] = network.state_dict()[key].clone()
+            for token in now.keys() & before.keys():
+                state[key][now[token]] = value[before[token]]
+    network.load_state_dict(state)
+
+
 # ---- tokenizer -------------------------------------------------------------------------------------
 
 def train_tokenizer(options):
     """A small version of CLIP's vocabulary, in its order: 256 bytes, the same at the end of a word,
-    merges until every word of the captions is one token, start and end."""
+    merges until every common word of the captions is one token, start and end."""
     rng = np.random.default_rng(0)
-    captions = [shapes.caption(scene, rng).lower() for scene in sample_scenes(20000, seed=0)]
+    captions = [shapes.caption(scene, rng).lower() for scene in sample_scenes(40000, seed=0)]
     bpe = BytePairTokenizer(models.BPE(end_of_word_suffix="</w>"))
     split = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()]
     bpe.pre_tokenizer = pre_tokenizers.Sequence(split)
-    bpe_trainer = trainers.BpeTrainer(vocab_size=2000, end_of_word_suffix="</w>", show_progress=False)
+    bpe_trainer = trainers.BpeTrainer(                          # the random words of captions are too rare
+        vocab_size=2000, min_frequency=25, end_of_word_suffix="</w>", show_progress=False)
     bpe.train_from_iterator(captions, bpe_trainer)
     merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -262,7 +310,8 @@ def train_tokenizer(options):
 # ---- Stage A ---------------------------------------------------------------------------------------
 
 def train_a(options):
-    """Reconstruction of 64x64 crops: Stage A only sees a small neighbourhood anyway."""
+    """Reconstruction of 64x64 crops: Stage A only sees a small neighbourhood anyway. A little noise on
+    the latents makes the decoder tolerate the errors of Stage B."""
     network = StageA(STAGE_A)
     for block in network.modules():
         if hasattr(block, "gammas"):
@@ -274,16 +323,19 @@ def train_a(options):
         images = render_batch(sample_scenes(16, seed=[1, step]))
         top, left = torch.randint(0, 17, (2,)) * 4
         images = images[:, :, top:top + 64, left:left + 64]
-        reconstruction = network.decode(network.encode(images))
+        latents = network.encode(images)                                                # (16, 4, 16, 16)
+        latents = latents + 0.15 * torch.rand(16, 1, 1, 1) * torch.randn_like(latents)
+        reconstruction = network.decode(latents)
         mse = F.mse_loss(reconstruction, images)
         return {"mse": mse, "l1": 0.1 * F.l1_loss(reconstruction, images)}
 
     def preview():
         return network.decode(network.encode(render_batch(sample_scenes(8, 8))))
 
-    steps = options.steps or 8000
-    network = train("a", network, compute_losses, steps, 3e-3, options.work, preview=preview)
-    save_fp16(network, options.out / "stage_a.safetensors")
+    start_from(network, options, "stage_a.safetensors")
+    steps = options.steps or 14000
+    network = train("a", network, compute_losses, steps, 3e-3, options, preview=preview)
+    save_fp16(network, options.results / "stage_a.safetensors")
 
 
 # ---- semantic encoder ------------------------------------------------------------------------------
@@ -325,9 +377,10 @@ def train_encoder(options):
         images = downscale(render_batch(sample_scenes(8, 8)), SEMANTIC_SIDE)
         return network.decoder(network.encoder(images))[:, :3]
 
-    steps = options.steps or 3000
-    network = train("encoder", network, compute_losses, steps, 2e-3, options.work, preview=preview)
-    save_fp16(network.encoder, options.out / ENCODER_FILE)
+    start_from(network.encoder, options, ENCODER_FILE)
+    steps = options.steps or 10000
+    network = train("encoder", network, compute_losses, steps, 2e-3, options, preview=preview)
+    save_fp16(network.encoder, options.results / ENCODER_FILE)
 
 
 # ---- text encoder and image encoder ----------------------------------------------------------------
@@ -338,22 +391,44 @@ def load_encoder(options):
     return lambda images: encoder(downscale(images, SEMANTIC_SIDE))
 
 
-def captioned_scenes(options):
-    """The scenes that clip and c describe in captions, and their semantic latents (122880, 16, 3, 3)."""
+def sampled_scenes(options):
+    """The scenes of clip, b and c, and their semantic latents (122880, 16, 3, 3)."""
     count = options.count or 122880
-    batches = [sample_scenes(64, [4, i], two=0.6) for i in range(count // 64)]
+    batches = [sample_scenes(64, [4, i]) for i in range(count // 64)]
     return sum(batches, []), cached(options, "semantics", batches, load_encoder(options), ENCODER_FILE)
 
 
+def swapped_colours(scene):
+    """The hardest distractor: two objects that have exchanged their colours."""
+    a, b = scene.objects
+    return replace(scene, objects=(replace(a, colour=b.colour), replace(b, colour=a.colour)))
+
+
+def write_captions(scenes, seed, count):
+    """A caption of every scene, then distractors: captions of the first `count` scenes in the same words
+    but with the colours of the two objects swapped, where that changes the caption."""
+    captions = []
+    for i, scene in enumerate(scenes):
+        captions.append(shapes.caption(scene, np.random.default_rng([*seed, i])))
+    for i, scene in enumerate(scenes[:count]):
+        if len(scene.objects) == 2:
+            swapped = shapes.caption(swapped_colours(scene), np.random.default_rng([*seed, i]))
+            if swapped != captions[i]:
+                captions.append(swapped)
+    return captions
+
+
 def train_clip(options):
-    """Of 128 captions and 128 images, which belong together? From that alone, encoders this small learn
+    """Which of 192 captions belongs to each of 64 images? From that alone, encoders this small learn
     colours and little else. So each must also predict the semantic latent from its embedding, both
-    with the same plain decoder, which is discarded: that requires shapes, sizes and positions."""
+    with the same plain decoder, which is discarded: that requires shapes, sizes and positions. And
+    every image must be told from its own caption with the colours of its two objects swapped: which
+    colour belongs to which shape is learned only where it is asked for."""
     tokenizer = Tokenizer(options.out / "tokenizer", TEXT.length)
     vocabulary = tokenizer.bpe.get_vocab_size()
     text = TextEncoder(replace(TEXT, vocabulary=vocabulary, end=tokenizer.end))
     image = ImageEncoder(IMAGE)
-    scenes, semantics = captioned_scenes(options)
+    scenes, semantics = sampled_scenes(options)
     nn.init.normal_(text.text_model.embeddings.token_embedding.weight, std=0.2)
     nn.init.normal_(text.text_model.embeddings.position_embedding.weight, std=0.1)
     nn.init.normal_(image.vision_model.embeddings.position_embedding.weight, std=0.1)
@@ -362,25 +437,29 @@ def train_clip(options):
     network.logit_scale = nn.Parameter(torch.tensor(2.7))       # a logarithm, as in CLIP
 
     def compute_losses(step):
-        rng = np.random.default_rng([6, step])
-        rows = rng.integers(len(scenes), size=128)
+        rows = np.random.default_rng([6, step]).integers(len(scenes), size=192)
         batch = [scenes[i] for i in rows]
-        latents = semantics[rows].float().flatten(1)                                    # (128, 144)
-        ids, mask = tokenizer([shapes.caption(scene, rng) for scene in batch])
+        latents = semantics[rows].float().flatten(1)                                    # (192, 144)
+        ids, mask = tokenizer(write_captions(batch, [6, step], 64))     # 192 captions, K with distractors
         longest = int(mask.sum(1).max())                        # padding after it is not used
-        _, pooled = network.text(ids[:, :longest], mask[:, :longest])                   # (128, 1, 128)
-        text_embedding = pooled.squeeze(1)                                              # (128, 128)
-        image_embedding = network.image(downscale(render_batch(batch), IMAGE.side))     # (128, 128)
-        similarity = F.normalize(image_embedding) @ F.normalize(text_embedding).T       # (128, 128)
+        with precision(options):
+            _, pooled = network.text(ids[:, :longest], mask[:, :longest])               # (K, 1, 128)
+            image_embedding = network.image(downscale(render_batch(batch[:64]), IMAGE.side))
+        image_embedding = image_embedding.float()                                       # (64, 128)
+        text_embedding = pooled.squeeze(1).float()                                      # (K, 128)
+        similarity = F.normalize(image_embedding) @ F.normalize(text_embedding).T       # (64, K)
         logits = network.logit_scale.exp() * similarity
-        pairs = torch.arange(128)
-        return {"caption": F.cross_entropy(logits, pairs), "image": F.cross_entropy(logits.T, pairs),
-                "text_latent": 5 * F.mse_loss(network.decoder(text_embedding), latents),
-                "image_latent": 5 * F.mse_loss(network.decoder(image_embedding), latents)}
+        pairs = torch.arange(64)
+        return {"caption": F.cross_entropy(logits, pairs),
+                "image": F.cross_entropy(logits[:, :64].T, pairs),
+                "text_latent": 5 * F.mse_loss(network.decoder(text_embedding[:192]), latents),
+                "image_latent": 5 * F.mse_loss(network.decoder(image_embedding), latents[:64])}
 
-    network = train("clip", network, compute_losses, options.steps or 2800, 2e-3, options.work, muon)
-    save_fp16(network.text, options.out / "text_encoder" / "model.safetensors")
-    save_fp16(network.image, options.out / "image_encoder" / "model.safetensors")
+    start_from(text, options, "text_encoder/model.safetensors")
+    start_from(image, options, "image_encoder/model.safetensors")
+    network = train("clip", network, compute_losses, options.steps or 6000, 2e-3, options, muon)
+    save_fp16(network.text, options.results / "text_encoder" / "model.safetensors")
+    save_fp16(network.image, options.results / "image_encoder" / "model.safetensors")
 
 
 # ---- both UNets ------------------------------------------------------------------------------------
@@ -394,14 +473,29 @@ def add_noise(x0, t):
 
 def noise_loss(unet, x0, focus=1.0, **condition):
     """Predicts the noise on the cosine schedule, in fp32: half precision would drown x0 near t = 1.
-    The weight makes it a loss on x0, bounded. Late times are sampled more often, and a tenth lie next
-    to the sampler's first step."""
-    t = torch.rand(len(x0)) ** 0.4
+
+    The weight makes it a loss on x0, larger at middle times, where the sampler settles on one of the
+    images that it still mixes. Late times are sampled more often, and a tenth lie next to the sampler's
+    first step.
+    """
+    t = torch.rand(len(x0)) ** 0.6
     t = torch.where(torch.rand(len(x0)) < 0.1, 0.97 + 0.03 * t, t)                      # (B,)
     x, noise = add_noise(x0, t)
     error = (focus * (unet(x, t, **condition) - noise) ** 2).mean((1, 2, 3))            # (B,)
     a = alpha_bar(t)
-    return {"noise": (error * ((1 - a) / a).clamp(0.1, 200)).mean()}
+    on_x0 = (1 - a) / a                                         # an error of eps causes this error of x0
+    weight = on_x0 * (1 / (1 - a)).clamp(max=10)
+    return {"noise": (error * weight.clamp(0.1, 200)).mean()}
+
+
+def use_precision(unet, options):
+    """Everything except the outermost level's residual and timestep blocks, through which x passes to
+    the output unchanged, may run in bf16."""
+    outermost = {*unet.down_blocks[0], *unet.up_blocks[-1]}
+    for block in itertools.chain(*unet.down_blocks, *unet.up_blocks):
+        if block not in outermost or hasattr(block, "attention"):
+            block.forward = precision(options)(block.forward)
+    return unet
 
 
 def predict_from_noise(unet, x0, t=0.9, **condition):
@@ -414,59 +508,85 @@ def predict_from_noise(unet, x0, t=0.9, **condition):
 # ---- Stage B ---------------------------------------------------------------------------------------
 
 def train_b(options):
-    """From a semantic latent with a little noise to the image latent. In this dataset the caption adds
-    nothing to the semantic latent, so the text is zero and its mapper's weights stay zero: any prompt
-    gives the same condition. A tenth of the semantic latents are zero too, for guidance. Objects are
-    a seventh of the image but matter most, so errors on them count five times; that does not move the
-    optimum, only speeds up the way there."""
+    """From a semantic latent with noise, between none and twice LATENT_NOISE, to the image latent. In this
+    dataset the caption adds nothing to the semantic latent, so the text is zero and its mapper's weights
+    stay zero: any prompt gives the same condition. A tenth of the semantic latents are zero too, for
+    guidance. Objects are a seventh of the image but matter most, and their edges most of all, so errors
+    there count five and nine times; that does not move the optimum, only speeds up the way there."""
     stage_a = load(options.out / "stage_a.safetensors", dtype=torch.float32)
-    batches = [sample_scenes(64, [3, i]) for i in range((options.count or 40960) // 64)]
-    latents = cached(options, "b_images", batches, stage_a.encode, "stage_a.safetensors")
-    semantics = cached(options, "b_semantics", batches, load_encoder(options), ENCODER_FILE)
-    unet = wire(UNet(STAGE_B))
+    scenes, semantics = sampled_scenes(options)
+    batches = [scenes[i:i + 64] for i in range(0, len(scenes) // 2, 64)]
+    latents = cached(options, "latents", batches, stage_a.encode, "stage_a.safetensors")
+    unet = use_precision(wire(UNet(STAGE_B)), options)
     nn.init.zeros_(unet.clip_mapper.weight)
 
     def compute_losses(step):
         rows = torch.randint(len(latents), (32,))
         semantic = semantics[rows].float()                                              # (32, 16, 3, 3)
-        semantic = semantic + LATENT_NOISE * torch.randn_like(semantic)
+        level = 2 * LATENT_NOISE * torch.rand(len(rows), 1, 1, 1)
+        semantic = semantic + level * torch.randn_like(semantic)
         semantic = semantic * (torch.rand(len(rows)) > 0.1)[:, None, None, None]
-        x0 = latents[rows].float()                                                      # (32, 4, 32, 32)
+        x0 = latents[rows].float()                              # (32, 4, 32, 32), of 61440
         background = x0[:, :, :1, :1]
         objects = (x0 - background).square().mean(1, keepdim=True) > 0.1                # (32, 1, 32, 32)
+        blurred = F.avg_pool2d(x0, 3, stride=1, padding=1, count_include_pad=False)
+        edges = (x0 - blurred).square().mean(1, keepdim=True) > 0.1                     # (32, 1, 32, 32)
         text = torch.zeros(len(rows), 1, 128)
-        return noise_loss(unet, x0, 1 + 4 * objects, clip_text_pooled=text, effnet=semantic)
+        focus = 1 + 4 * objects + 4 * edges
+        return noise_loss(unet, x0, focus, clip_text_pooled=text, effnet=semantic)
 
     def preview():
         condition = {"clip_text_pooled": torch.zeros(8, 1, 128), "effnet": semantics[:8].float()}
         return stage_a.decode(predict_from_noise(unet, latents[:8].float(), **condition))
 
-    steps = options.steps or 11000
-    unet = train("b", unet, compute_losses, steps, 2e-3, options.work, muon, preview)
-    save_fp16(unet, options.out / "stage_b.safetensors")
+    steps = options.steps or 20000
+    start_from(unet, options, "stage_b.safetensors")
+    unet = train("b", unet, compute_losses, steps, 2e-3, options, muon, preview)
+    save_fp16(unet, options.results / "stage_b.safetensors")
 
 
 # ---- Stage C ---------------------------------------------------------------------------------------
 
+PREVIEW_PROMPTS = [
+    "a red circle", "a blue star on a white background", "a green square and a yellow heart",
+    "a small black ring above a large orange triangle", "two purple hearts", "something white",
+    "a ring", "a red heart left of a blue square",
+]
+
+
+def draw_prompts(options, stage_c, text, tokenizer, prompts):
+    """N prompts -> images (N, 3, 128, 128)."""
+    n = len(prompts)
+    hidden, pooled = text(*tokenizer(prompts + [""] * n))               # (2N, 32, 128), (2N, 1, 128)
+    stage_b = load(options.out / "stage_b.safetensors", dtype=torch.float32)
+    stage_a = load(options.out / "stage_a.safetensors", dtype=torch.float32)
+    condition = {"clip_text": hidden, "clip_text_pooled": pooled}
+    *_, (semantic, _) = sample(stage_c, (16, 3, 3), condition, 20, 4.0, generators(0, n))
+    condition = {"clip_text_pooled": pooled[:n], "effnet": semantic}
+    *_, (latents, _) = sample(stage_b, (4, 32, 32), condition, 10, 0.0, generators(n, n))
+    return stage_a.decode(latents)
+
+
 def train_c(options):
-    """From a caption to the semantic latent, with frozen text and image encoders. A tenth of the
-    captions are empty, for guidance. As in the original, a tenth of the rows see the embedding of the
-    image itself; half of these have no caption."""
+    """From a caption to the semantic latent, with frozen text and image encoders. A fifth of the captions
+    are empty: guidance of 4 multiplies errors of the unconditional prediction by 3, and what a prompt
+    leaves open is decided there. As in the original, a tenth of the rows see the embedding of the image
+    itself; half of these have no caption."""
     files = [options.out / name / "model.safetensors" for name in ("text_encoder", "image_encoder")]
     text, image = (text_encoder.load(file, dtype=torch.float32) for file in files)
     tokenizer = Tokenizer(options.out / "tokenizer", TEXT.length)
-    scenes, semantics = captioned_scenes(options)
+    scenes, semantics = sampled_scenes(options)
     batches = [scenes[i:i + 64] for i in range(0, len(scenes), 64)]
     embeddings = cached(
         options, "images", batches, lambda x: image(downscale(x, IMAGE.side)),
         "image_encoder/model.safetensors")
-    unet = wire(UNet(STAGE_C))
+    unet = use_precision(wire(UNet(STAGE_C)), options)
 
     def compute_losses(step):
         rng = np.random.default_rng([5, step])
         rows = rng.integers(len(scenes), size=128)
         with_image = rng.random(128) < 0.1
-        without_text = rng.random(128) < np.where(with_image, 0.5, 0.1)
+        without_text = rng.random(128) < np.where(with_image, 0.5, 0.2)
         captions = []
         for i, empty in zip(rows, without_text):
             captions.append("" if empty else shapes.caption(scenes[i], rng))
@@ -476,9 +596,23 @@ def train_c(options):
         x0 = semantics[rows].float()                                                    # (128, 16, 3, 3)
         return noise_loss(unet, x0, clip_text_pooled=pooled, clip_text=hidden, clip_img=embedding)
 
-    unet = train("c", unet, compute_losses, options.steps or 5300, 2e-3, options.work, muon)
+    def preview():
+        """Also prints how many of 40 prompts for one object are right."""
+        prompts = PREVIEW_PROMPTS + [shapes.full_caption(scene) for scene in test_scenes]
+        images = draw_prompts(options, unet, text, tokenizer, prompts)                  # (48, 3, 128, 128)
+        pixels = (images[-40:].clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+        right = [shapes.score(scene, shapes.detect(image))["all"]
+                 for scene, image in zip(test_scenes, pixels)]
+        print(f"c: {100 * np.mean(right):.0f} % of {len(right)} prompts for one object are right", flush=True)
+        return images[:len(PREVIEW_PROMPTS)]
+
+    test_scenes = sample_scenes(40, 9, two=0)
+    has_decoder = (options.out / "stage_b.safetensors").exists()
+    steps = options.steps or 14000
+    start_from(unet, options, "stage_c.safetensors")
+    unet = train("c", unet, compute_losses, steps, 2e-3, options, muon, preview if has_decoder else None)
     size = {"width": str(shapes.SIDE), "height": str(shapes.SIDE)}
-    save_fp16(unet, options.out / "stage_c.safetensors", size)
+    save_fp16(unet, options.results / "stage_c.safetensors", size)
 
 
 # ---- previewer -------------------------------------------------------------------------------------
@@ -498,9 +632,10 @@ def train_previewer(options):
     def preview():
         return network(encoder(render_batch(sample_scenes(8, 8))))
 
+    start_from(network, options, "previewer.safetensors")
     steps = options.steps or 2000
-    network = train("previewer", network, compute_losses, steps, 3e-3, options.work, preview=preview)
-    save_fp16(network, options.out / "previewer.safetensors")
+    network = train("previewer", network, compute_losses, steps, 3e-3, options, preview=preview)
+    save_fp16(network, options.results / "previewer.safetensors")
 
 
 STAGES = {
@@ -514,15 +649,23 @@ def main():
     parser.add_argument("stages", nargs="+", choices=[*STAGES, "all"])
     parser.add_argument("--out", type=Path, default=HERE / "tiny", help="folder of the finished files")
     parser.add_argument("--work", type=Path, help="checkpoints and caches (default: work, next to OUT)")
+    parser.add_argument("--start", type=Path, help="folder of an earlier training to continue from")
+    parser.add_argument("--steps", type=int, help="steps of each stage (default: the stage's own)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--minutes", type=float, help="train one stage from scratch for this time")
+    parser.add_argument("--bf16", action="store_true", help="faster on a CPU with bf16 instructions")
     parser.add_argument("--quick", action="store_true", help="a few steps of everything")
     options = parser.parse_args()
     if options.quick and options.out.resolve() == HERE / "tiny":
         parser.error("--quick learns nothing: expected another --out than the trained weights")
+    if options.minutes and (len(options.stages) > 1 or options.stages[0] in ("all", "tokenizer")):
+        parser.error("--minutes: expected one stage, and not the tokenizer")
     options.work = options.work or options.out.parent / "work"
-    options.steps = 12 if options.quick else None
-    options.count = 128 if options.quick else None
+    options.results = options.work if options.minutes else options.out
+    options.steps = 12 if options.quick else options.steps
+    options.count = 128 if options.quick else 16384 if options.minutes else None
     torch.set_num_threads(options.threads)
+    warnings.filterwarnings("ignore", ".* is cut to")         # few captions are longer than 32 tokens
     for stage in STAGES if "all" in options.stages else options.stages:
         torch.manual_seed(0)
         STAGES[stage](options)

@@ -15,6 +15,8 @@ from PIL import Image
 import shapes
 from cascade import Cascade
 
+TYPED = ["a red circle and a blue square", "Two small purple stars!", "draw a green heart, please",
+         "something yellow", "a star", "black ring next to an orange triangle, white background"]
 SEEN = ["a large red circle on a white background", "a small blue star above a large yellow square",
         "a black ring on an orange field", "a green triangle left of a white circle",
         "a tiny yellow square on a red backdrop", "an image of a hoop and a disc"]
@@ -40,7 +42,8 @@ def sample_images(seed, two):
 
 def prompts(cascade, path):
     rows = []
-    for title, group in (("objects and pairs from training", SEEN),
+    for title, group in (("as people type them", TYPED),
+                         ("objects and pairs from training", SEEN),
                          ("held out: objects never seen in training", NEW_OBJECTS),
                          ("held out: pairs never seen in training", NEW_PAIRS)):
         rows.append((title, draw(cascade, group), group))
