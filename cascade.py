@@ -963,9 +963,13 @@ class Animation:
     """The first image of a run, step by step: on the left what Stage C predicts, as the previewer shows it; on the right
     what Stage B predicts; the prompt below."""
     def __init__(self, cascade, prompt, width, height):
+        self.cascade, self.width, self.height = cascade, width, height
         scale = 256 / max(width, height)
         self.half_size = round(width * scale), round(height * scale)
-        self.cascade, self.prompt, self.width, self.height = cascade, prompt, width, height
+        self.font = ImageFont.load_default(16)
+        self.caption = " ".join(prompt.split())[:200]
+        while self.font.getlength(self.caption) > 2 * self.half_size[0]:
+            self.caption = self.caption[:-1]
         self.left = self.right = Image.new("RGB", self.half_size, "white")
         self.frames = []
 
@@ -989,11 +993,8 @@ class Animation:
         frame = Image.new("RGB", (2 * width + 8, height + 32), "gainsboro")
         frame.paste(self.left, (0, 0))
         frame.paste(self.right, (width + 8, 0))
-        font = ImageFont.load_default(16)
-        prompt = self.prompt
-        while font.getlength(prompt) > frame.width:
-            prompt = prompt[:-2] + "…"
-        ImageDraw.Draw(frame).text((width + 4, height + 16), prompt, "black", font, anchor="mm")
+        place = (width + 4, height + 16)
+        ImageDraw.Draw(frame).text(place, self.caption, "black", self.font, anchor="mm")
         self.frames.append(frame)
 
     def write(self, path):

@@ -20,12 +20,12 @@ import cascade
 # ------------------------------------------------------------------------------ options
 OTHERS = ["--seed 1", "--width 64", "--height 64", "--recipe lcm", "--images 2", "--previews .",
           "--steps 2", "--guidance 2", "--guidance-interval 0 1", "--negative blue", "--overwrite",
-          "--variation-image a.png", "--init-image a.png", "--lite-prior"]
+          "--variation-image a.png", "--init-image a.png", "--lite-prior", "--animate b.gif"]
 NOT_USED = {
     "--latents a.safetensors": [*OTHERS, "--strength 0.5"], "--reconstruct a.png": OTHERS[4:],
-    "--prompt-file prompts.txt": ["--previews ."], "prompt": ["--strength 0.5", "--overwrite"],
+    "--prompt-file prompts.txt": ["--previews .", "--animate b.gif"], "prompt": ["--strength 0.5", "--overwrite"],
     "prompt -o b.safetensors": ["--decoder-steps 1", "--decoder-guidance 1", "--decoder-dtype bf16",
-                                "--lite-decoder"]}
+                                "--lite-decoder", "--animate b.gif"]}
 WRONG_VALUES = {
     "--steps": ["0", "-1", "2.5", "1001"], "--decoder-steps": ["0"], "--width": ["63"],
     "--height": ["9e9"], "--images": ["0", "1001"], "--seed": ["-1", "4294967296"],
@@ -44,6 +44,7 @@ WRONG_COMMANDS = {
     "prompt --lite --lite-prior": "--lite-prior: ", "prompt --weights nowhere": "nowhere: ",
     "prompt --init-image nowhere.png": "nowhere.png: there is no such file",
     "--variation-image nowhere.png": "nowhere.png: there is no such file",
+    "prompt --animate a.png": "--animate: expected a name that ends in .gif or .webp",
     "prompt --previews nowhere": "nowhere/step-001.png: ", "prompt --lite": "stage_c_lite is"}
 
 
@@ -94,6 +95,7 @@ OUTPUTS = {f"prompt --output={name}": "" for name in UNWRITABLE} | {
     "--reconstruct a.png -o a.png": "", "--init-image a.png -o link.png": "",
     "--init-image b-1.png --images 2 -o b.png": "b-1.png",
     "--init-image step-002.png --previews . -o b.png": "step-002.png",
+    "prompt --animate nowhere/b.gif": "nowhere/b.gif", "--init-image a.gif --animate a.gif": "a.gif",
     "prompt --previews . -o step-002.png": "step-002.png",
     "--prompt-file prompts.txt --init-image b-0.png -o b.png": "b-0.png",
     "prompt --images 2 -o taken.png": "taken-1.png"}
@@ -109,7 +111,7 @@ def test_outputs_that_cannot_or_must_not_be_written_are_refused(weights, options
         os.mkdir(name)
     save_file({"mine": torch.zeros(1)}, "foreign.safetensors")
     Path("prompts.txt").write_text("a star")
-    for name in ("b-0.png", "b-1.png", "step-002.png"):
+    for name in ("b-0.png", "b-1.png", "step-002.png", "a.gif"):
         shutil.copy("a.png", name)
     refused([*options.split(), "--weights", "weights", "--steps", 3], OUTPUTS[options])
 

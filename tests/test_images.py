@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from commands import command
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from cascade import load_image
 from model import CascadeError
@@ -162,3 +162,19 @@ def test_the_command_saves_a_preview_of_every_step(place, folder):
     previews = sorted(place.glob("step*"))
     assert [path.name for path in previews] == ["step-001.png", "step-002.png", "step-003.png"]
     assert {Image.open(path).size for path in previews} == {(48, 24)}
+
+
+@pytest.mark.parametrize("ending", ["gif", "webp"])
+def test_an_animation_has_a_frame_for_every_step_of_both_stages(place, folder, ending):
+    options = ["--steps", 3, "--decoder-steps", 2, "--images", 2, "--width", 64, "--weights", folder]
+    prompt = "a star\n" + "x" * 1000
+    command(prompt, *options, "-o", "b.png")
+    command(prompt, *options, "-o", "c.png", "--animate", f"a.{ending}")
+    for i in range(2):                                  # watching changes nothing
+        assert (place / f"b-{i}.png").read_bytes() == (place / f"c-{i}.png").read_bytes()
+    with Image.open(f"a.{ending}") as animation:
+        assert animation.n_frames in (4, 5) and animation.size == (2 * 128 + 8, 256 + 32)  # WebP drops equal frames
+        frames = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(animation)]
+    halves = [(frame[:256, :128], frame[:256, -128:]) for frame in frames]
+    changes = [[abs(a.astype(int) - b).mean() > 1 for a, b in zip(*pair)] for pair in zip(halves, halves[1:])]
+    assert changes[0] == [True, False] and changes[-1] == [False, True]
