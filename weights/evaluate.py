@@ -35,12 +35,13 @@ PARTS = ("count", "background", "shape", "colour", "size", "relation", "all", "i
 PROMPT_SEED = {False: 1001, True: 1002}             # seen, held out; training uses other seeds
 BATCH = 40
 
-# Free wording: none of these phrases is in the captions of training.
+# Free wording: training has none of these templates, but knows some of their words, as words without a
+# meaning (shapes.FILLERS).
 FREE_WHERE = {
     "left of": ["just left of", "immediately to the left of"],
     "right of": ["just right of", "immediately to the right of"],
     "above": ["higher than", "floating above", "on top, above"],
-    "below": ["lower than", "right below", "underneath"],
+    "below": ["lower than", "right below", "further down than"],
 }
 FREE_ONE = [
     "could you paint {a} for me?", "I would love to see {a}", "generate {a}", "a sketch of {a}",

@@ -1,4 +1,4 @@
-"""Draws the sheets that README.md and weights/README.md show, with the tiny cascade, into weights/figures/. No image is
+"""Draws the animation and the sheets that README.md and weights/README.md show, with the tiny cascade, into weights/figures/. No image is
 chosen by its result: prompts and seeds are fixed here.
 
     python weights/figures/make_gallery.py                  all of them
@@ -6,6 +6,7 @@ chosen by its result: prompts and seeds are fixed here.
 """
 import argparse
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -14,6 +15,8 @@ from PIL import Image
 
 import shapes
 from cascade import Cascade
+from cascade import main as command
+from exercises import PROMPT, SEED
 
 TYPED = ["a red circle and a blue square", "Two small purple stars!", "draw a green heart, please",
          "something yellow", "a star", "black ring next to an orange triangle, white background"]
@@ -38,6 +41,12 @@ def sample_images(seed, two):
     """Six true images of the synthetic dataset."""
     rng = np.random.default_rng(seed)
     return [shapes.render(shapes.sample_scene(rng, two)) for _ in range(6)]
+
+
+def animation(path):
+    """The run of the lesson."""
+    with TemporaryDirectory() as place:
+        command([PROMPT, "--seed", str(SEED), "-o", f"{place}/image.png", "--animate", str(path)])
 
 
 def prompts(cascade, path):
@@ -107,7 +116,7 @@ def main():
     folder = parser.parse_args().out
     folder.mkdir(parents=True, exist_ok=True)
     cascade = Cascade(keep=True)
-    cascade("a large red circle on a white background")[0].save(folder / "image.png", optimize=True)
+    animation(folder / "animation.webp")
     for draw_sheet in (prompts, seeds, guidance, reconstruction, variations, image_to_image, recipes):
         draw_sheet(cascade, folder / f"{draw_sheet.__name__}.png")
 
