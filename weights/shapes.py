@@ -264,16 +264,17 @@ def plural(word):
     return f"{word}es" if word.endswith("x") else f"{word}s"
 
 
-def choose_attributes(full, rng):
+def choose_attributes(full, rng, alone=False):
     """Which of size, colour and shape to name: all if full, else a random choice that has at least one
-    of colour and shape."""
-    size, colour, shape = rng.random(3) < ([1, 1, 1] if full else [0.3, 0.65, 0.8])
+    of colour and shape, fewer of an object that is alone."""
+    shares = [0.2, 0.5, 0.6] if alone else [0.3, 0.65, 0.8]
+    size, colour, shape = rng.random(3) < ([1, 1, 1] if full else shares)
     return size, colour, shape or not colour
 
 
-def name_object(item, article, full, rng):
+def name_object(item, article, full, rng, alone=False):
     """'a large red circle'. Unless full, some attributes may be omitted."""
-    size, colour, shape = choose_attributes(full, rng)
+    size, colour, shape = choose_attributes(full, rng, alone)
     if article == "a" and colour and not size and not shape and rng.random() < 0.5:
         return f"something {item.colour}"
     noun = pick(rng, SHAPE_WORDS[item.shape] if shape else VAGUE_WORDS)
@@ -388,7 +389,7 @@ def caption(scene, rng, fillers=0.25):
     elif len(scene.objects) == 2:
         text = name_pair(scene, article, full, rng, sentences=not opening and article)
     else:
-        text = name_object(scene.objects[0], article, full, rng)
+        text = name_object(scene.objects[0], article, full, rng, alone=True)
     text = f"{opening} {text}".strip()
     if full or rng.random() < 0.3:
         text = add_background(text, scene, article, rng)
