@@ -341,7 +341,7 @@ class Cascade:
         return network
 
     def file(self, name: str) -> Path:
-        return find_file(self.folder, f"{name}_lite" if name in self.lite else name)
+        return find_file(self.folder, f"{name}_lite" if name in self.lite else name, self.dtypes[name])
 
     def size(self, width: int | None, height: int | None) -> tuple[int, int]:
         """Fills in None with the size in the Stage C file's metadata, which it was trained for, else with 1024."""
@@ -463,18 +463,28 @@ FOLDERS = {"stage_c": "prior", "stage_c_lite": "prior_lite", "stage_a": "vqgan",
            "stage_b": "decoder", "stage_b_lite": "decoder_lite"}        # of the diffusers layout
 
 
-def find_file(folder, name):
-    """The file of a network: the original single file or the diffusers folder's, fp32 before bf16."""
+PACKED = {"stable_cascade_stage_c": ("stage_c", "effnet_encoder", "previewer", "text_encoder", "image_encoder"),
+          "stable_cascade_stage_b": ("stage_b", "stage_a", "text_encoder")}     # ComfyUI's files
+ENDINGS = {torch.float32: ("", ".bf16", "_bf16", ".fp16", "_fp16"),     # of a file's name, the fitting type first
+           torch.bfloat16: (".bf16", "_bf16", "", ".fp16", "_fp16"),
+           torch.float16: (".fp16", "_fp16", "", ".bf16", "_bf16")}
+
+
+def find_file(folder, name, dtype):
+    """The file of a network: the original single file, the diffusers folder's, or ComfyUI's packed file."""
     places = [f"{name}/model"] if name in text_encoder.NETWORKS else [name]
     if name in FOLDERS:
         places.append(f"{FOLDERS[name]}/diffusion_pytorch_model")
-    for place, ending in itertools.product(places, ("", ".bf16", "_bf16")):
+    for packed, names in PACKED.items():
+        if name in names:
+            places += [packed, f"comfyui_checkpoints/{packed}"]
+    for place, ending in itertools.product(places, ENDINGS[dtype]):
         path = folder / f"{place}{ending}.safetensors"
         if exists(path):
             return path
     files = " or ".join(f"{place}.safetensors" for place in places)
-    raise CascadeError(f"{folder}: {name} is missing (expected {files}, or with .bf16 or _bf16); see "
-                       "'Official weights' in README.md")
+    raise CascadeError(f"{folder}: {name} is missing (expected {files}, or with .bf16, _bf16, .fp16 or _fp16); "
+                       "see 'Official weights' in README.md")
 
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
