@@ -817,6 +817,12 @@ def load(path, device: torch.device | str = "cpu", dtype: torch.dtype | None = N
 # ---------------------------------------------------------------------------------------------------- plumbing
 # Skip on first reading: memory layout, number formats and speed. Nothing here changes the mathematics.
 
+def channels_first(x):
+    """(B, H, W, C) -> (B, C, H, W), without a copy, except on MPS, whose convolutions want contiguous tensors."""
+    x = x.permute(0, 3, 1, 2)
+    return x.contiguous() if x.device.type == "mps" else x
+
+
 class Linear(nn.Linear):
     """(…, C) -> (…, C'), also where x is fp32 and the weights are fp16."""
     def forward(self, x):
@@ -829,8 +835,7 @@ class Conv2d(nn.Conv2d):
         if self.kernel_size == (1, 1):  # a linear layer
             return scaled_linear(x, self.weight.flatten(1), self.bias)
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        x = x.permute(0, 3, 1, 2)
-        y = F.conv2d(x, weight, bias, self.stride, self.padding, groups=self.groups)
+        y = F.conv2d(channels_first(x), weight, bias, self.stride, self.padding, groups=self.groups)
         return y.permute(0, 2, 3, 1)
 
 
@@ -838,14 +843,15 @@ class ConvTranspose2d(nn.ConvTranspose2d):
     """nn.ConvTranspose2d for channels-last feature maps."""
     def forward(self, x):
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        y = F.conv_transpose2d(x.permute(0, 3, 1, 2), weight, bias, self.stride, self.padding)
+        y = F.conv_transpose2d(channels_first(x), weight, bias, self.stride, self.padding)
         return y.permute(0, 2, 3, 1)
 
 
 class ReplicationPad2d(nn.ReplicationPad2d):
     """nn.ReplicationPad2d for channels-last feature maps."""
     def forward(self, x):
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        y = super().forward(x.permute(0, 3, 1, 2))
+        return y.permute(0, 2, 3, 1).contiguous()       # CUDA's padding returns a channels-first tensor
 
 
 class PixelUnshuffle(nn.PixelUnshuffle):

@@ -1,0 +1,72 @@
+"""Runs the golden and the pipeline tests on several versions of PyTorch, each in a virtual environment of its own.
+
+    python tests/versions.py                                oldest supported, pinned, newest
+    python tests/versions.py 2.13.0 2.14.1 --cuda-builds    also versions that pip offers only with CUDA, 3 to 6 GB each
+
+Prints a table: the tests, whether an image can be drawn in each type on a CPU, whether the trainer's optimiser is there;
+or why a version was not run.
+"""
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+REQUIREMENTS = (ROOT / "requirements.txt").read_text().split()
+PINNED = next(line.partition("==")[2] for line in REQUIREMENTS if line.startswith("torch=="))
+VERSIONS = ("2.2.2", PINNED, "")                        # "": the newest
+TESTS = [f"{ROOT}/tests/test_{name}.py" for name in ("golden", "pipeline")]
+DTYPES = ("fp32", "bf16", "fp16")
+HAS_MUON = "import torch; assert hasattr(torch.optim, 'Muon')"
+
+
+def run(*command):
+    """Its output, and whether it succeeded."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+    return done.stdout.strip(), done.returncode == 0
+
+
+def report(version, folder, cuda_builds):
+    """A row of the table."""
+    venv.create(folder, with_pip=True)
+    python = str(next(path for path in (folder / "bin/python", folder / "Scripts/python.exe") if path.exists()))
+    packages = [line for line in REQUIREMENTS if not line.startswith("torch==")]
+    if version < "2.3":                                 # built for numpy 1
+        packages.append("numpy<2")
+    install = [python, "-m", "pip", "install", "--quiet", f"torch=={version}" if version else "torch", *packages]
+    plan = folder / "plan.json"
+    output, works = run(*install, "--dry-run", "--report", str(plan))
+    if not works:
+        return version, f"not run: {output.splitlines()[-1]}"
+    found = {each["metadata"]["name"]: each["metadata"]["version"] for each in json.loads(plan.read_text())["install"]}
+    version = found["torch"]
+    if any(name.startswith("nvidia") for name in found) and not cuda_builds:
+        return version, "not run: pip offers only a CUDA build"
+    output, works = run(*install)
+    if not works:
+        return version, f"not run: {output.splitlines()[-1]}"
+    tests, _ = run(python, "-m", "pytest", "-q", *TESTS)
+    row = [version, tests.splitlines()[-1]]
+    for dtype in DTYPES:
+        command = python, "cascade.py", "a red circle", "--device", "cpu", "--dtype", dtype, "-o", f"{folder}/image.png"
+        row.append("yes" if run(*command)[1] else "no")
+    row.append("yes" if run(python, "-c", HAS_MUON)[1] else "no")
+    return row
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("versions", nargs="*", default=VERSIONS)
+    parser.add_argument("--cuda-builds", action="store_true", help="run these too, on the CPU")
+    options = parser.parse_args()
+    print(f"Python {sys.version.split()[0]}\n| PyTorch | tests | {' | '.join(DTYPES)} | Muon |\n|---|---|---|---|---|---|")
+    for version in options.versions:
+        with tempfile.TemporaryDirectory() as folder:
+            print("|", " | ".join(report(version, Path(folder), options.cuda_builds)), "|", flush=True)
+
+
+if __name__ == "__main__":
+    main()
