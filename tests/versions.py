@@ -34,7 +34,7 @@ def report(version, folder, cuda_builds):
     venv.create(folder, with_pip=True)
     python = str(next(path for path in (folder / "bin/python", folder / "Scripts/python.exe") if path.exists()))
     packages = [line for line in REQUIREMENTS if not line.startswith("torch==")]
-    if version < "2.3":                                 # built for numpy 1
+    if version.startswith("2.2."):                      # built for numpy 1
         packages.append("numpy<2")
     install = [python, "-m", "pip", "install", "--quiet", f"torch=={version}" if version else "torch", *packages]
     plan = folder / "plan.json"
