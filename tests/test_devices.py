@@ -75,8 +75,9 @@ def test_a_unet_compiles_to_one_graph(name):
     assert_same(unet(**inputs), expected)
 
 
-def test_padding_keeps_feature_maps_channels_last():
-    assert model.ReplicationPad2d(1)(torch.randn(2, 5, 6, 8)).is_contiguous()
+@pytest.mark.parametrize("device", ["cpu", "meta", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_padding_keeps_feature_maps_channels_last(device):
+    assert model.ReplicationPad2d(1)(torch.randn(2, 5, 6, 8, device=device)).is_contiguous()
 
 
 # ------------------------------------------------------------------------------ on a GPU
@@ -100,11 +101,6 @@ def test_fp16_stays_finite_past_65504(chip, config):
     exact = unet(**inputs)
     inputs = {name: value.to(chip) for name, value in cast_inputs(inputs, torch.float16).items()}
     assert relative_error(unet.half().to(chip)(**inputs).cpu(), exact) < 5e-3
-
-
-@pytest.mark.cuda
-def test_padding_keeps_feature_maps_channels_last_on_cuda():
-    assert model.ReplicationPad2d(1)(torch.randn(2, 5, 6, 8, device="cuda")).is_contiguous()
 
 
 @pytest.mark.cuda

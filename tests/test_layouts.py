@@ -104,14 +104,3 @@ def test_fp8_is_read_exactly_and_runs_in_any_type(weights, split):
     assert all(state[name].dtype == torch.bfloat16 and torch.equal(state[name].float(), eight[name].float())
                for name in tensors)
     assert {each.dtype for each in Cascade(weights, dtype="fp16").network("stage_c").parameters()} == {torch.float16}
-
-
-def test_the_file_whose_precision_fits_the_type_is_read(tmp_path):
-    files = ["stage_c", "stage_c_bf16", "decoder/diffusion_pytorch_model.fp16", "text_encoder/model.bf16", "stage_a"]
-    for name in files:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / f"{name}.safetensors").touch()
-    for dtype, stage_c in (("fp32", "stage_c"), ("bf16", "stage_c_bf16"), ("fp16", "stage_c")):
-        cascade = Cascade(tmp_path, dtype=dtype)
-        found = [cascade.file(name) for name in ("stage_c", "stage_b", "text_encoder", "stage_a")]
-        assert found == [tmp_path / f"{name}.safetensors" for name in (stage_c, *files[2:])]

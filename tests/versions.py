@@ -8,6 +8,7 @@ or why a version was not run.
 """
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -19,20 +20,21 @@ REQUIREMENTS = (ROOT / "requirements.txt").read_text().split()
 PINNED = next(line.partition("==")[2] for line in REQUIREMENTS if line.startswith("torch=="))
 VERSIONS = ("2.2.2", PINNED, "")                        # "": the newest
 TESTS = [f"{ROOT}/tests/test_{name}.py" for name in ("golden", "pipeline")]
-DTYPES = ("fp32", "bf16", "fp16")
-HAS_MUON = "import torch; assert hasattr(torch.optim, 'Muon')"
+DRAW = [f"{ROOT}/cascade.py", "a red circle", "--device", "cpu"]
+TRIALS = {"fp32": DRAW, "bf16": [*DRAW, "--dtype", "bf16"], "fp16": [*DRAW, "--dtype", "fp16"],
+          "Muon": ["-c", "import torch; torch.optim.Muon"]}
 
 
-def run(*command):
+def run(*command, cwd=ROOT):
     """Its output, and whether it succeeded."""
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=cwd)
     return done.stdout.strip(), done.returncode == 0
 
 
 def report(version, folder, cuda_builds):
     """A row of the table."""
     venv.create(folder, with_pip=True)
-    python = str(next(path for path in (folder / "bin/python", folder / "Scripts/python.exe") if path.exists()))
+    python = str(folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python"))
     packages = [line for line in REQUIREMENTS if not line.startswith("torch==")]
     if version.startswith("2.2."):                      # built for numpy 1
         packages.append("numpy<2")
@@ -49,12 +51,8 @@ def report(version, folder, cuda_builds):
     if not works:
         return version, f"not run: {output.splitlines()[-1]}"
     tests, _ = run(python, "-m", "pytest", "-q", *TESTS)
-    row = [version, tests.splitlines()[-1]]
-    for dtype in DTYPES:
-        command = python, "cascade.py", "a red circle", "--device", "cpu", "--dtype", dtype, "-o", f"{folder}/image.png"
-        row.append("yes" if run(*command)[1] else "no")
-    row.append("yes" if run(python, "-c", HAS_MUON)[1] else "no")
-    return row
+    trials = [run(python, *trial, cwd=folder)[1] for trial in TRIALS.values()]
+    return version, tests.splitlines()[-1], *("yes" if works else "no" for works in trials)
 
 
 def main():
@@ -62,7 +60,7 @@ def main():
     parser.add_argument("versions", nargs="*", default=VERSIONS)
     parser.add_argument("--cuda-builds", action="store_true", help="run these too, on the CPU")
     options = parser.parse_args()
-    print(f"Python {sys.version.split()[0]}\n| PyTorch | tests | {' | '.join(DTYPES)} | Muon |\n|---|---|---|---|---|---|")
+    print(f"Python {sys.version.split()[0]}\n| PyTorch | tests | {' | '.join(TRIALS)} |\n|---|---|---|---|---|---|")
     for version in options.versions:
         with tempfile.TemporaryDirectory() as folder:
             print("|", " | ".join(report(version, Path(folder), options.cuda_builds)), "|", flush=True)
