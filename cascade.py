@@ -29,6 +29,7 @@ import itertools
 import json
 import math
 import numbers
+import operator
 import os
 import sys
 import traceback
@@ -55,7 +56,7 @@ import text_encoder
 from model import CascadeError, Weights, exists, out_of_memory, reading, require
 from sampler import RECIPES, draw_noise, generators, sample
 
-COMPRESSION = 42.67                                     # pixels per position of the semantic latent
+COMPRESSION = 42.67                                     # pixels per position of the semantic latent: the default
 TINY = Path(__file__).resolve().parent / "weights" / "tiny"
 NETWORKS = model.NETWORKS | text_encoder.NETWORKS
 CHANNELS = {                                            # of latents, which the networks hand to each other
@@ -67,6 +68,7 @@ LITE = {False: (), True: ("stage_c", "stage_b"), "prior": ("stage_c",), "decoder
 OneImage = str | Path | Image.Image                     # a path or a PIL image
 Device = str | torch.device
 Dtype = str | torch.dtype
+Steps = int | list[float]                               # a number of steps, or the times themselves
 
 
 # ---------------------------------------------------------------------------------------------------- the pipeline
@@ -103,14 +105,19 @@ def skip_noise_of_prior(noise_generators, shape, prior_steps):
 
 
 class Cascade:
-    """The networks of one weights folder: original single files, diffusers folders, or both mixed.
+    """The networks of one weights folder: original single files, diffusers folders, ComfyUI's files, or a mixture.
 
+    device          "auto": CUDA if it is available, else MPS, else the CPU
+    dtype           "auto": fp32 on a CPU and on MPS; on CUDA bf16 if the GPU has it, else fp16
     lite            True: the lite Stage C and Stage B; "prior" or "decoder": only one of them
     decoder_dtype   dtype of Stage B and A (default: dtype)
-    keep            keep networks in memory instead of releasing them
+    keep            keep networks in memory; otherwise every call loads each of them again
     progress        show progress bars
+
+    On CUDA, PyTorch computes fp32 convolutions in TF32 and may sum products of bf16 or fp16 in these types, unless a
+    script calls `accumulate_in_fp32`, as the command does.
     """
-    def __init__(self, folder: str | Path = TINY, device: Device = "cpu", dtype: Dtype = "fp32",
+    def __init__(self, folder: str | Path = TINY, device: Device = "auto", dtype: Dtype = "auto",
                  lite: bool | str = False, decoder_dtype: Dtype | None = None, keep: bool = False,
                  progress: bool = False):
         self.folder = check_folder(folder)
@@ -128,8 +135,9 @@ class Cascade:
     @torch.no_grad()
     def __call__(self, prompts: Prompts = "", negative: str | list[str] = "", *,
                  width: int | None = None, height: int | None = None, images: int = 1, seed: int = 0,
-                 steps: int = 20, guidance: float = 4.0, decoder_steps: int = 10,
-                 decoder_guidance: float | None = None, recipe: str = "diffusers", output: str = "pil",
+                 compression: float = COMPRESSION, steps: Steps = 20, guidance: float = 4.0,
+                 decoder_steps: Steps = 10, decoder_guidance: float | None = None,
+                 recipe: str = "diffusers", output: str = "pil",
                  variation_images: list | OneImage | Tensor | None = None,
                  init_image: OneImage | Tensor | None = None, strength: float = 0.8,
                  interval: tuple[float, float] = (0.0, 1.0), callback: Callable | None = None):
@@ -143,24 +151,28 @@ class Cascade:
         width, height = self.size(width, height)
         text = self.encode_prompt(prompts, negative)
         latents = self.prior(
-            text, width=width, height=height, images=images, seed=seed, steps=steps,
-            guidance=guidance, recipe=recipe, variation_images=variation_images,
+            text, width=width, height=height, compression=compression, images=images, seed=seed,
+            steps=steps, guidance=guidance, recipe=recipe, variation_images=variation_images,
             init_image=init_image, strength=strength, interval=interval, callback=callback)
-        prior_steps = steps if init_image is None else int(steps * strength)
+        prior_steps = count_steps(steps, 1.0 if init_image is None else strength)
         return self.decode(
-            latents, text, width=width, height=height, seed=seed, steps=decoder_steps,
-            guidance=decoder_guidance, recipe=recipe, prior_steps=prior_steps, output=output)
+            latents, text, width=width, height=height, compression=compression, seed=seed,
+            steps=decoder_steps, guidance=decoder_guidance, recipe=recipe, prior_steps=prior_steps,
+            output=output)
 
     @torch.no_grad()
     def prior(self, prompts: Prompts = "", negative: str | list[str] = "", *,
               width: int | None = None, height: int | None = None, images: int = 1, seed: int = 0,
-              steps: int = 20, guidance: float = 4.0, recipe: str = "diffusers",
+              compression: float = COMPRESSION, steps: Steps = 20, guidance: float = 4.0,
+              recipe: str = "diffusers",
               variation_images: list | OneImage | Tensor | None = None,
               init_image: OneImage | Tensor | None = None, strength: float = 0.8,
               interval: tuple[float, float] = (0.0, 1.0), callback: Callable | None = None) -> Tensor:
         """Stage C: prompts -> semantic latents (N, 16, Hc, Wc), fp32.
 
         prompts             strings, or TextEmbeddings, which include the negative prompts
+        compression         pixels per position of the semantic latent; up to 64 for large images
+        steps               a number, or a list of falling times, such as [1, 0.8, 0.5, 0]; then strength is not used
         variation_images    reference images, or their CLIP embeddings (R, E)
         init_image          image to image: start from this image, or from a semantic latent (1 or N, 16, Hc, Wc), noised
                             to t = strength; int(steps * strength) steps remain
@@ -173,7 +185,7 @@ class Cascade:
         text = self.encode_prompt(prompts, negative)
         N = images * len(text.pooled) // 2
         noise_generators = generators(check_seeds(seed, N), N)
-        shape = (16, *semantic_sides(width, height))
+        shape = (16, *semantic_sides(width, height, compression))
         condition = {"clip_text": text.hidden.repeat_interleave(images, dim=0),  # (2 * N, L, D)
                      "clip_text_pooled": text.pooled.repeat_interleave(images, dim=0)}
         if variation_images is not None:
@@ -181,32 +193,34 @@ class Cascade:
             condition["clip_img"] = append_zeros(embeddings.expand(N, -1, -1))  # (2 * N, R, E)
         init = {}
         if init_image is not None:
-            init_latent = self.encode_semantic(init_image, width, height)  # (1 or N, 16, Hc, Wc)
+            init_latent = self.encode_semantic(init_image, width, height, compression)  # (1 or N, 16, Hc, Wc)
             count = len(init_latent)
             require(count in (1, N), f"init_image: expected 1 or {N} latents, got {count}")
             init = {"init_latent": init_latent, "strength": strength}
-            steps = int(steps * strength)
-            require(steps > 0, f"strength: {strength} leaves no step; expected more of either")
+            if not isinstance(steps, list):
+                steps = int(steps * strength)
+            require(steps, f"strength: {strength} leaves no step; expected more of either")
         recipe = replace(RECIPES[recipe], interval=tuple(interval))
         return self._denoise("stage_c", shape, condition, steps, guidance, noise_generators, recipe,
                              callback, **init)
 
     @torch.no_grad()
     def decode(self, latents: Tensor, prompts: Prompts = "", negative: str | list[str] = "", *,
-               width: int | None = None, height: int | None = None, seed: int = 0, steps: int = 10,
-               guidance: float | None = None, recipe: str = "diffusers", prior_steps: int | None = 20,
-               output: str = "pil", callback: Callable | None = None):
+               width: int | None = None, height: int | None = None, seed: int = 0,
+               compression: float = COMPRESSION, steps: Steps = 10, guidance: float | None = None,
+               recipe: str = "diffusers", prior_steps: int | None = 20, output: str = "pil",
+               callback: Callable | None = None):
         """Stage B and A: semantic latents (N, 16, Hc, Wc) -> N images of exactly width x height pixels.
 
         prompts         the prompts of the latents, in the same order, or their TextEmbeddings
-        width, height   default: 42.67 times the latents' sides
+        width, height   default: the latents' sides, times the compression
         guidance        default: the recipe's, 1.1 for "original", else none
         prior_steps     Stage C's steps, whose noise is skipped, as in diffusers; None: skip nothing
         output          "pil": a list of images; "np": (N, H, W, 3), "pt": (N, 3, H, W), fp32 in [0, 1]; "latent": the image
                         latents (N, 4, Hb, Wb)
         callback        as for `prior`; x0 is an image latent
         """
-        width, height = self._decoded_size(latents, width, height)
+        width, height = self._decoded_size(latents, width, height, compression)
         check(steps=steps, output=output, recipe=recipe)
         text = self.encode_prompt(prompts, negative)
         N, P = len(latents), len(text.pooled) // 2
@@ -225,13 +239,14 @@ class Cascade:
             return z
         return to_output(self._decode_pixels(z)[:, :, :height, :width], output)
 
-    def _decoded_size(self, latents, width, height):
+    def _decoded_size(self, latents, width, height, compression):
+        check(compression=compression)
         check_tensor("latents", latents, (None, 16, None, None))
         Hc, Wc = latents.shape[2:]
-        width = int(Wc * COMPRESSION) if width is None else width
-        height = int(Hc * COMPRESSION) if height is None else height
+        width = int(Wc * compression) if width is None else width
+        height = int(Hc * compression) if height is None else height
         check(width=width, height=height)
-        check_tensor("latents", latents, (None, 16, *semantic_sides(width, height)))
+        check_tensor("latents", latents, (None, 16, *semantic_sides(width, height, compression)))
         return width, height
 
     def _denoise(self, name, shape, condition, steps, guidance, noise_generators, recipe,
@@ -241,9 +256,14 @@ class Cascade:
         unet = self.network(name)
         self._check_condition(name, unet.config, condition)
         latents = sample(unet, shape, condition, steps, guidance, noise_generators, recipe, **init)
+        steps = count_steps(steps)
         progress = tqdm(latents, label(name), steps, disable=not self.progress)
+        finite = []                                     # after each step, on the device
         for i, (x, x0) in enumerate(progress, start=1):
-            self.check_finite(name, x, f" after step {i} of {steps}")
+            finite.append(x.isfinite().all())
+            if i == steps or callback or self.device.type == "cpu":  # elsewhere reading it waits for the device
+                failed = 1 + int(torch.stack(finite).int().argmin())
+                self.check_finite(name, x, f" after step {failed} of {steps}")
             if callback:
                 callback(i, x0)
         return x0 if recipe.return_x0 else x
@@ -314,16 +334,16 @@ class Cascade:
 
     @torch.no_grad()
     def encode_semantic(self, image: OneImage | Tensor, width: int | None = None,
-                        height: int | None = None) -> Tensor:
+                        height: int | None = None, compression: float = COMPRESSION) -> Tensor:
         """The semantic latent (1, 16, Hc, Wc), fp32, of an image that is resized and cropped to width x height. Latents
         are returned as they are."""
         width, height = self.size(width, height)
+        Hc, Wc = semantic_sides(width, height, compression)
         if torch.is_tensor(image):
-            check_tensor("init_image", image, (None, 16, *semantic_sides(width, height)))
+            check_tensor("init_image", image, (None, 16, Hc, Wc))
             return image
         image = ImageOps.fit(load_image(image), (width, height), Image.Resampling.BICUBIC)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255  # (1, 3, H, W)
-        Hc, Wc = semantic_sides(width, height)
         pixels = F.interpolate(pixels, (32 * Hc, 32 * Wc), mode="bilinear", antialias=True)
         encoder = self.network("effnet_encoder")
         latent = encoder(pixels.to(self.device, self.dtypes["effnet_encoder"]))
@@ -334,6 +354,8 @@ class Cascade:
         check(network=name)
         network = self.kept.get(name)
         if network is None:
+            if self.device.type in ("cuda", "mps"):     # what the previous network took
+                getattr(torch, self.device.type).empty_cache()
             network = model.load(self.file(name), self.device, self.dtypes[name], name, NETWORKS)
             for field, channels in CHANNELS.items():
                 found = getattr(network.config, field, None)
@@ -344,7 +366,7 @@ class Cascade:
         return network
 
     def file(self, name: str) -> Path:
-        return find_file(self.folder, f"{name}_lite" if name in self.lite else name)
+        return find_file(self.folder, f"{name}_lite" if name in self.lite else name, self.dtypes[name])
 
     def size(self, width: int | None, height: int | None) -> tuple[int, int]:
         """Fills in None with the size in the Stage C file's metadata, which it was trained for, else with 1024."""
@@ -370,6 +392,7 @@ class Cascade:
 LIMITS = {
     "width": (int, 64, 8192), "height": (int, 64, 8192), "images": (int, 1, 1000),
     "seed": (int, 0, 2 ** 32 - 1),                      # CPU generators use 32 bits
+    "compression": (float, 4, 128),
     "steps": (int, 1, 1000), "decoder_steps": (int, 1, 1000), "prior_steps": (int, 0, 1000),
     "guidance": (float, 0, 100), "decoder_guidance": (float, 0, 100), "strength": (float, 0, 1)}
 CHOICES = {"recipe": RECIPES, "output": OUTPUTS, "lite": LITE, "network": NETWORKS}
@@ -382,6 +405,10 @@ def check(**values):
             expected = "two times from 0 to 1, the lower one first"
             valid = isinstance(value, (list, tuple)) and all(isinstance(t, numbers.Real) for t in value)
             valid = valid and len(value) == 2 and 0 <= value[0] <= value[1] <= 1
+        elif name in ("steps", "decoder_steps") and isinstance(value, list):
+            expected = "at least two times that fall, from 1 at most to 0 at least"
+            valid = all(isinstance(t, numbers.Real) for t in value) and len(value) > 1
+            valid = valid and 1 >= value[0] and all(map(operator.gt, value, value[1:])) and value[-1] >= 0
         elif name in CHOICES:
             expected = f"one of {', '.join(map(str, CHOICES[name]))}"
             valid = isinstance(value, (str, bool)) and value in CHOICES[name]
@@ -409,7 +436,20 @@ def check_folder(folder):
         raise CascadeError(f"{folder}: cannot open this folder ({error})") from error
 
 
+def default_device():
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def default_dtype(device):
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+
+
 def check_device(device):
+    device = default_device() if device == "auto" else device
     try:
         torch.zeros(1, device=device).item()
         return torch.device(device)
@@ -419,9 +459,11 @@ def check_device(device):
 
 
 def check_dtype(name, dtype, device):
+    if isinstance(dtype, str) and dtype == "auto":
+        return default_dtype(device)
     found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     known = isinstance(found, torch.dtype) and found in DTYPES.values()
-    require(known, f"{name}: expected one of {', '.join(DTYPES)}, got {dtype!r:.80}")
+    require(known, f"{name}: expected one of auto, {', '.join(DTYPES)}, got {dtype!r:.80}")
     if found == torch.bfloat16 and device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         require(capability[0] >= 8, f"{name}: {device} has no bf16; use fp16 or fp32")
@@ -453,8 +495,14 @@ def check_tensor(name, tensor, shape):
     require(tensor.isfinite().all(), f"{name}: expected finite values, got NaN or infinity")
 
 
-def semantic_sides(width, height):
-    return math.ceil(height / COMPRESSION), math.ceil(width / COMPRESSION)
+def semantic_sides(width, height, compression):
+    check(compression=compression)
+    return math.ceil(height / compression), math.ceil(width / compression)
+
+
+def count_steps(steps, strength=1.0):
+    """How many denoising steps: those of a list of times, or of a number what `strength` leaves."""
+    return len(steps) - 1 if isinstance(steps, list) else int(steps * strength)
 
 
 def label(name):
@@ -466,18 +514,28 @@ FOLDERS = {"stage_c": "prior", "stage_c_lite": "prior_lite", "stage_a": "vqgan",
            "stage_b": "decoder", "stage_b_lite": "decoder_lite"}        # of the diffusers layout
 
 
-def find_file(folder, name):
-    """The file of a network: the original single file or the diffusers folder's, fp32 before bf16."""
+PACKED = {"stable_cascade_stage_c": ("stage_c", "effnet_encoder", "previewer", "text_encoder", "image_encoder"),
+          "stable_cascade_stage_b": ("stage_b", "stage_a", "text_encoder")}     # ComfyUI's files
+ENDINGS = {torch.float32: ("", ".bf16", "_bf16", ".fp16", "_fp16"),     # of a file's name, the fitting type first
+           torch.bfloat16: (".bf16", "_bf16", "", ".fp16", "_fp16"),
+           torch.float16: (".fp16", "_fp16", "", ".bf16", "_bf16")}
+
+
+def find_file(folder, name, dtype):
+    """The file of a network: the original single file, the diffusers folder's, or ComfyUI's packed file."""
     places = [f"{name}/model"] if name in text_encoder.NETWORKS else [name]
     if name in FOLDERS:
         places.append(f"{FOLDERS[name]}/diffusion_pytorch_model")
-    for place, ending in itertools.product(places, ("", ".bf16", "_bf16")):
+    for packed, names in PACKED.items():
+        if name in names:
+            places += [packed, f"comfyui_checkpoints/{packed}"]
+    for place, ending in itertools.product(places, ENDINGS[dtype]):
         path = folder / f"{place}{ending}.safetensors"
         if exists(path):
             return path
     files = " or ".join(f"{place}.safetensors" for place in places)
-    raise CascadeError(f"{folder}: {name} is missing (expected {files}, or with .bf16 or _bf16); see "
-                       "'Official weights' in README.md")
+    raise CascadeError(f"{folder}: {name} is missing (expected {files}, or with .bf16, _bf16, .fp16 or _fp16); "
+                       "see 'Official weights' in README.md")
 
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
@@ -553,16 +611,16 @@ def write_file(path: Path, data: bytes):
 
 # ---------------------------------------------------------------------------------------------------- the command
 SETUP = {"output", "weights", "lite", "device", "dtype", "traceback"}
-STAGE_C = {"negative", "width", "height", "images", "seed", "steps", "guidance", "recipe", "lite_prior",
-           "guidance_interval", "variation_image", "init_image", "strength"}
+STAGE_C = {"negative", "width", "height", "compression", "images", "seed", "steps", "guidance", "recipe",
+           "lite_prior", "guidance_interval", "variation_image", "init_image", "strength"}
 STAGE_B = {"decoder_steps", "decoder_guidance", "decoder_dtype", "lite_decoder"}
 MODES = {                                               # the options of each mode; it refuses the others
     "prompts": SETUP | STAGE_C | STAGE_B | {"prompts", "previews", "animate"},
     "prompt_file": SETUP | STAGE_C | STAGE_B | {"prompt_file", "overwrite"},
     "latents": SETUP | STAGE_B | {"latents"},
-    "reconstruct": SETUP | STAGE_B | {"reconstruct", "width", "height", "seed", "recipe"}}
+    "reconstruct": SETUP | STAGE_B | {"reconstruct", "width", "height", "compression", "seed", "recipe"}}
 DEFAULTS = {"negative": "", "images": 1, "seed": 0, "steps": 20, "guidance": 4.0, "recipe": "diffusers",
-            "guidance_interval": [0.0, 1.0], "strength": 0.8, "decoder_steps": 10}
+            "guidance_interval": [0.0, 1.0], "strength": 0.8, "decoder_steps": 10, "compression": COMPRESSION}
 CHUNK = 100                                             # prompts of a file that pass through each stage together
 
 
@@ -607,6 +665,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--negative", metavar="TEXT", help="negative prompt: what not to draw (needs guidance)")
     add("--width", type=number("width"), help="in pixels (default: the size trained for)")
     add("--height", type=number("height"), help="in pixels (default: the size trained for)")
+    add("--compression", type=number("compression"),
+        help="pixels per position of the semantic latent; up to 64 for large images (default: 42.67)")
     add("--images", type=number("images"), help="images per prompt (default: 1)")
     add("--seed", type=number("seed"), help="of the first image; image i has seed + i (default: 0)")
     add("--steps", type=number("steps"), help="denoising steps of Stage C (default: 20)")
@@ -622,9 +682,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     lite("--lite", action="store_true", help="the lite versions of Stage C and Stage B")
     lite("--lite-prior", action="store_true", default=None, help="the lite version of Stage C")
     lite("--lite-decoder", action="store_true", default=None, help="the lite version of Stage B")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", default=device, help="torch device (default: %(default)s)")
-    add("--dtype", default="fp32", choices=DTYPES, help="of the weights (default: %(default)s)")
+    add("--device", default="auto", help="torch device (default: CUDA, else MPS, else the CPU)")
+    add("--dtype", default="auto", choices=("auto", *DTYPES),
+        help="of the weights (default: fp32; on CUDA bf16, or fp16 where the GPU has no bf16)")
     add("--decoder-dtype", choices=DTYPES, help="of Stage B and A (default: as --dtype)")
     add("--traceback", action="store_true", help="print the traceback of an error")
     return parser.parse_intermixed_args(arguments)
@@ -691,6 +751,7 @@ class Record:
     decoder_steps: int | None
     decoder_guidance: float | None
     networks: dict                                      # name -> file, device, type
+    compression: float = COMPRESSION
     version: int = 2
 
     @staticmethod
@@ -737,6 +798,8 @@ def run(options):
     mode = settle(options)
     rank, world = torchrun_rank(mode)
     lite = "prior" if options.lite_prior else "decoder" if options.lite_decoder else options.lite
+    if options.device == "auto":
+        options.device = default_device()
     if options.device == "cuda" and world > 1:          # each process has a GPU of its own
         options.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     cascade = Cascade(options.weights, options.device, options.dtype, lite, options.decoder_dtype,
@@ -815,7 +878,7 @@ def plan_latents(options, cascade):
     with reading(options.latents, "latents"):
         count = len(record.prompts) * record.images
         check_seeds(record.seed, count)
-        shape = (count, 16, *semantic_sides(record.width, record.height))
+        shape = (count, 16, *semantic_sides(record.width, record.height, record.compression))
         check_tensor("latents", latents, shape)
     guidance = options.decoder_guidance
     record = replace(
@@ -921,10 +984,12 @@ def draw(options, cascade, jobs):
 
 def generate_latents(options, cascade, record, text, callback):
     if options.reconstruct:
-        return cascade.encode_semantic(options.reconstruct, record.width, record.height)
+        return cascade.encode_semantic(
+            options.reconstruct, record.width, record.height, record.compression)
     return cascade.prior(
-        text, width=record.width, height=record.height, images=record.images, seed=record.seed,
-        steps=record.steps, guidance=record.guidance, recipe=record.recipe,
+        text, width=record.width, height=record.height, compression=record.compression,
+        images=record.images, seed=record.seed, steps=record.steps, guidance=record.guidance,
+        recipe=record.recipe,
         variation_images=options.variation_image, init_image=options.init_image,
         strength=record.strength or 0.0, interval=record.guidance_interval, callback=callback)
 
@@ -932,8 +997,8 @@ def generate_latents(options, cascade, record, text, callback):
 def decode_images(cascade, job, text, animation):
     record = job.record
     images = cascade.decode(
-        job.latents, text, width=record.width, height=record.height, seed=record.seed,
-        steps=record.decoder_steps, guidance=record.decoder_guidance, recipe=record.recipe,
+        job.latents, text, width=record.width, height=record.height, compression=record.compression,
+        seed=record.seed, steps=record.decoder_steps, guidance=record.decoder_guidance, recipe=record.recipe,
         prior_steps=record.prior_steps, output="np",
         callback=animation.add_image_latents if animation else None)
     for i, (image, path) in enumerate(zip(images, job.outputs)):
@@ -1044,6 +1109,14 @@ def tune_process():
             ctypes.CDLL(None).mallopt(option, 2 ** 30)
 
 
+def accumulate_in_fp32():
+    """On CUDA, PyTorch may round fp32 to TF32 in convolutions, and sum products of bf16 or fp16 in these types."""
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
+
 def say(text):
     """Prints one line to stderr, with control characters escaped."""
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
@@ -1065,6 +1138,7 @@ def main(arguments: list[str] | None = None) -> int:
         warnings.showwarning = lambda message, *_: say_once(str(message))
         try:
             require(all(map(is_utf8, arguments)), "expected arguments in UTF-8")
+            accumulate_in_fp32()
             run(parse(arguments))
             return 0
         except CascadeError as error:

@@ -34,6 +34,7 @@ Paella (2022), arXiv 2211.07292 (Stage A).
 import json
 import math
 import os
+import re
 import stat
 from collections import OrderedDict
 from collections.abc import Callable
@@ -585,14 +586,25 @@ def exists(path) -> bool:
         raise CascadeError(f"{path}: cannot be opened ({error})") from error
 
 
-# Names in diffusers' files, and ours. Query, key and value are three tensors there and one here.
-DIFFUSERS_NAMES = (
-    ("attention.to_q.", "attention.attn.in_proj_"),
-    ("attention.to_k.", "attention.attn.in_proj_"),
-    ("attention.to_v.", "attention.attn.in_proj_"),
-    ("attention.to_out.0.", "attention.attn.out_proj."),
-    ("vquantizer.embedding.", "vquantizer.codebook."))
-FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
+# What may stand before the names of a network. ComfyUI packs several networks into one file.
+PREFIXES = (
+    "", "state_dict.", "module.", "model.", "unet.", "stage_a.", "stage_b.", "stage_c.",
+    "effnet_encoder.", "previewer.", "text_encoder.", "image_encoder.",
+    "model.diffusion_model.",                           # ComfyUI: Stage C or Stage B
+    "vae.encoder.", "vae.previewer.", "vae.",           # the semantic encoder and the previewer, or Stage A
+    "clip_l_vision.")                                   # the image encoder
+UNUSED = ("logit_scale", ".position_ids", "vae.encoder.mean", "vae.encoder.std")    # ends of names without weights
+# Other files' names, and ours. Query, key and value are three tensors there and one here.
+NAMES = (
+    ("attention.to_", "attention.attn.to_"),            # diffusers
+    ("attn.to_out.0.", "attn.out_proj."),
+    ("vquantizer.embedding.", "vquantizer.codebook."),
+    ("attn.to_q.", "attn.in_proj_"),                    # diffusers and ComfyUI
+    ("attn.to_k.", "attn.in_proj_"),
+    ("attn.to_v.", "attn.in_proj_"),
+    ("clip_g.", ""),                                    # ComfyUI
+    ("transformer.", ""))
+FLOAT_TYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3")
 
 
 def qkv_order(name):
@@ -600,22 +612,41 @@ def qkv_order(name):
     return [".to_v." in name, ".to_k." in name]
 
 
+def official_name(name):
+    for theirs, ours in NAMES:
+        name = name.replace(theirs, ours)
+    if name.endswith("text_projection"):
+        name += ".weight"
+    # some text encoders lack the level `text_model`
+    return re.sub(r"^(text_encoder\.)?(embeddings|encoder|final_layer_norm)\.", r"\1text_model.\2.", name)
+
+
+def is_transposed(name):
+    """ComfyUI's text projection is a parameter of its own, (in, out), not the weight of a linear layer."""
+    return name.endswith("text_projection")
+
+
 class Weights(dict):
-    """A safetensors file as {official name: shape}, in either layout. Asking for a missing name is an error."""
-    def __init__(self, path):
+    """A safetensors file as {official name: shape}, in any layout. Asking for a missing name is an error.
+
+    prefix      of the names of one network in a packed file; it is removed from them
+    """
+    def __init__(self, path, prefix=""):
         self.path = Path(path)
         self.sources = {}       # official name -> the tensors in the file that, stacked, make it
         with reading(path, "a complete safetensors file, never a pickle (.pt, .ckpt, .bin)"):
             self.file = safe_open(path, framework="pt")
             self.metadata = self.file.metadata() or {}
             slices = {name: self.file.get_slice(name) for name in self.file.keys()}
+            is_stage_b = any(name.endswith("effnet_mapper.0.weight") for name in slices)
             for name in sorted(slices, key=qkv_order):
-                official = name
-                for theirs, ours in DIFFUSERS_NAMES:
-                    official = official.replace(theirs, ours)
-                if "effnet_mapper.0.weight" in slices:
+                official = official_name(name)
+                if is_stage_b:
                     official = official.replace("clip_txt_pooled_mapper.", "clip_mapper.")
-                self.sources.setdefault(official, []).append(name)
+                if official.startswith(prefix) and not official.endswith(UNUSED):
+                    self.sources.setdefault(official.removeprefix(prefix), []).append(name)
+                require(official.startswith((prefix, *PREFIXES[1:])),
+                        f"tensor {name} does not belong to any network")
             self.types = {}
             for name, parts in self.sources.items():
                 self.types[name] = {slices[part].get_dtype() for part in parts}
@@ -623,6 +654,8 @@ class Weights(dict):
                 self[name] = shapes[0]
                 if len(parts) > 1:
                     self[name] = (sum(shape[0] for shape in shapes), *shapes[0][1:])
+                elif is_transposed(parts[0]):
+                    self[name] = shapes[0][::-1]
 
     def __missing__(self, name):
         raise CascadeError(f"{self.path}: tensor {name} is missing")
@@ -637,8 +670,8 @@ class Weights(dict):
             shape, is_float = tuple(expected[name].shape), expected[name].is_floating_point()
             require(self[name] == shape, f"{where}: expected shape {shape}, got {self[name]}")
             types = self.types[name]
-            require(is_float == types.issubset(FLOAT_TYPES), f"{where}: expected fp32, bf16 or fp16, got "
-                    f"{', '.join(types)}; quantised files cannot be read")
+            require(is_float == types.issubset(FLOAT_TYPES), f"{where}: expected fp32, bf16, fp16 or fp8 e4m3, "
+                    f"got {', '.join(types)}; quantised files cannot be read")
         tensors = {name: self.tensor(name, device, dtype) for name in self}
         network.load_state_dict(tensors, assign=True)
         return network.requires_grad_(False).eval()
@@ -647,7 +680,11 @@ class Weights(dict):
         self[name]  # an error if it is missing
         with reading(self.path, "a complete safetensors file"):
             parts = [self.file.get_tensor(part) for part in self.sources[name]]
+        if parts[0].dtype == torch.float8_e4m3fn:       # a type to store weights in; bf16 has all of its values
+            parts = [part.to(dtype or torch.bfloat16) for part in parts]
         tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
+        if is_transposed(self.sources[name][0]):
+            tensor = tensor.T.contiguous()
         return tensor.to(device, dtype if tensor.is_floating_point() else None)
 
     def series(self, pattern, start=0, step=1):
@@ -755,17 +792,21 @@ NETWORKS = {
 
 def load(path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
          expect: str | None = None, networks: dict = NETWORKS) -> nn.Module:
-    """Loads the network of an official file, in the original or the diffusers layout, ready to run.
+    """Loads a network of an official file, in the original, the diffusers or ComfyUI's layout, ready to run.
 
     dtype       of the weights; None keeps the file's
-    expect      the name of a network: a file that holds another one is an error
+    expect      the name of the network; a file without it is an error, and one with several needs it
     networks    the networks that the file may hold; text_encoder.py has its own
     """
-    weights = Weights(path)
-    name = next((name for name, (marker, _, _) in networks.items() if marker in weights), None)
-    require(name and expect in (None, name),
-            f"{path}: expected {expect or ' or '.join(networks)}, got {name or 'an unknown network'}")
+    weights, found = Weights(path), {}                  # found: name -> prefix
+    for name, (marker, _, _) in networks.items():
+        found |= {name: prefix for prefix in PREFIXES if prefix + marker in weights}
+    require(expect or len(found) < 2, f"{path}: holds {', '.join(found)}; name the one to load")
+    name = expect or next(iter(found), None)
+    require(name in found, f"{path}: expected {expect or ' or '.join(networks)}, "
+            f"got {' and '.join(found) or 'an unknown network'}")
     _, network_class, read_config = networks[name]
+    weights = Weights(path, found[name])
     with reading(path, f"the tensors of a {name}"):
         config = read_config(weights)
         with torch.device("meta"):
@@ -775,6 +816,12 @@ def load(path, device: torch.device | str = "cpu", dtype: torch.dtype | None = N
 
 # ---------------------------------------------------------------------------------------------------- plumbing
 # Skip on first reading: memory layout, number formats and speed. Nothing here changes the mathematics.
+
+def channels_first(x):
+    """(B, H, W, C) -> (B, C, H, W), without a copy, except on MPS, whose convolutions want contiguous tensors."""
+    x = x.permute(0, 3, 1, 2)
+    return x.contiguous() if x.device.type == "mps" else x
+
 
 class Linear(nn.Linear):
     """(…, C) -> (…, C'), also where x is fp32 and the weights are fp16."""
@@ -788,8 +835,7 @@ class Conv2d(nn.Conv2d):
         if self.kernel_size == (1, 1):  # a linear layer
             return scaled_linear(x, self.weight.flatten(1), self.bias)
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        x = x.permute(0, 3, 1, 2)
-        y = F.conv2d(x, weight, bias, self.stride, self.padding, groups=self.groups)
+        y = F.conv2d(channels_first(x), weight, bias, self.stride, self.padding, groups=self.groups)
         return y.permute(0, 2, 3, 1)
 
 
@@ -797,14 +843,15 @@ class ConvTranspose2d(nn.ConvTranspose2d):
     """nn.ConvTranspose2d for channels-last feature maps."""
     def forward(self, x):
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        y = F.conv_transpose2d(x.permute(0, 3, 1, 2), weight, bias, self.stride, self.padding)
+        y = F.conv_transpose2d(channels_first(x), weight, bias, self.stride, self.padding)
         return y.permute(0, 2, 3, 1)
 
 
 class ReplicationPad2d(nn.ReplicationPad2d):
     """nn.ReplicationPad2d for channels-last feature maps."""
     def forward(self, x):
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        y = super().forward(x.permute(0, 3, 1, 2))
+        return y.permute(0, 2, 3, 1).contiguous()       # CUDA's padding returns a channels-first tensor
 
 
 class PixelUnshuffle(nn.PixelUnshuffle):

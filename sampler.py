@@ -38,8 +38,11 @@ def inverse_alpha_bar(a: Tensor) -> Tensor:
     return torch.acos((a * COS2_AT_0).sqrt()) / (math.pi / 2) * (1 + OFFSET) - OFFSET
 
 
-def timesteps(steps: int, strength: float = 1.0) -> Tensor:
-    """steps + 1 evenly spaced times from `strength` down to 0: (steps + 1,), fp32, on the CPU."""
+def timesteps(steps: int | list[float], strength: float = 1.0) -> Tensor:
+    """steps + 1 evenly spaced times from `strength` down to 0, or the times given as a list: (steps + 1,), fp32, on the
+    CPU."""
+    if isinstance(steps, list):
+        return torch.tensor(steps, dtype=torch.float32)
     return torch.linspace(strength, 0, steps + 1, dtype=torch.float32)
 
 
@@ -120,10 +123,10 @@ def draw_noise(noise_generators: list[torch.Generator], shape: tuple, device) ->
     noise = []
     for generator in noise_generators:
         noise.append(torch.randn(shape, generator=generator, dtype=torch.float32))
-    return torch.stack(noise).to(device)
+    return torch.stack(noise).to(device, non_blocking=str(device).startswith("cuda"))  # the CPU need not wait
 
 
-def sample(unet, shape: tuple, condition: dict[str, Tensor], steps: int, guidance: float,
+def sample(unet, shape: tuple, condition: dict[str, Tensor], steps: int | list[float], guidance: float,
            noise_generators: list[torch.Generator], recipe: Recipe = Recipe(),
            init_latent: Tensor | None = None, strength: float = 1.0) -> Iterator[tuple[Tensor, Tensor]]:
     """Denoise N latents. Yields (x, x0) after every step: the latents and the predicted clean latents, (N, *shape) each,
@@ -133,6 +136,7 @@ def sample(unet, shape: tuple, condition: dict[str, Tensor], steps: int, guidanc
     shape               (C, H, W) of one latent
     condition           arguments of the unet by name: N conditional rows, then N unconditional rows (the latter are
                         needed only if guidance > 1)
+    steps               their number, or a list of falling times
     guidance            guidance scale; no guidance if <= 1
     noise_generators    N generators; each draws once for the initial noise and once per step
     init_latent         (N or 1, *shape), image to image: start from this latent, noised to t = strength
@@ -141,6 +145,7 @@ def sample(unet, shape: tuple, condition: dict[str, Tensor], steps: int, guidanc
     condition = {name: value.to(weight) for name, value in condition.items()}
     low, high = recipe.interval
     t = timesteps(steps, strength)
+    steps = len(t) - 1
     a, r = noise_levels(t, recipe.shift)
     a, r = a.to(weight.device), r.to(weight.device)
     x = draw_noise(noise_generators, shape, weight.device)                      # (N, C, H, W)

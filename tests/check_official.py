@@ -90,7 +90,7 @@ def main(arguments=None):
     passed = {}                                         # network or image -> whether it passed
     for name in (*NETWORKS, "stage_c_lite", "stage_b_lite"):
         try:
-            path = find_file(options.folder, name)
+            path = find_file(options.folder, name, DTYPES[options.dtype])
         except CascadeError:                            # it is not there
             continue
         kind = name.removesuffix("_lite")

@@ -9,14 +9,33 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = map(str, (ROOT, ROOT / "weights", ROOT / "tests", ROOT / "tests" / "porting"))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: for tiny networks threads only cost time
 
+import torch
 from PIL import Image
 from tiny import write_folder
 
+import cascade
 from cascade import Cascade
+
+CHIPS = {"cuda": torch.cuda, "mps": torch.backends.mps}
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", 'slow: left out by -m "not slow"')
+    for name in CHIPS:
+        config.addinivalue_line("markers", f"{name}: skipped where {name} is not available")
+
+
+def pytest_runtest_setup(item):
+    for name, chip in CHIPS.items():
+        if item.get_closest_marker(name) and not chip.is_available():
+            pytest.skip(f"{name} is not available")
+
+
+@pytest.fixture(autouse=True)
+def only_marked_tests_use_a_gpu(request, monkeypatch):
+    if not any(request.node.get_closest_marker(name) for name in CHIPS):
+        monkeypatch.setattr(cascade, "default_device", lambda: "cpu")
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # for processes that a test starts
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +45,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pipeline(folder):
-    return Cascade(folder, keep=True)
+    return Cascade(folder, "cpu", keep=True)
 
 
 @pytest.fixture

@@ -26,7 +26,8 @@ WRONG = {
     "width": [True, 100.5, "128", 0, 63, 8193, NAN, []], "images": [0, 1001, True, None, 2.0, "2"],
     "height": [0, -128, 10 ** 9, "", torch.tensor(64)], "decoder_steps": [None, 0, NAN, "x"],
     "seed": [-1, 2 ** 32, 1.0, None, "3", True, torch.tensor(3), np.int32(-1)],
-    "steps": [None, 0, 2.0, "2", True, 1001], "decoder_guidance": ["4", NAN, -1, [], False],
+    "steps": [None, 0, 2.0, "2", True, 1001, [], [1.0], [0.5, 0.5], [0.2, 0.5], [2, 0], [1, -1], [NAN, 0], [1, "0"]],
+    "compression": [None, 3, 129, "64", NAN, True], "decoder_guidance": ["4", NAN, -1, [], False],
     "guidance": ["4", None, NAN, float("inf"), -1, 100.1, True, 1j], "colour": ["red"],
     "recipe": ["soup", None, [], {}, 3, True], "output": ["jpeg", None, [], 3],
     "strength": [1.5, -1, NAN, "0.5", None, True, 0.0, 0.5],  # half a step is none

@@ -48,3 +48,10 @@ def test_an_exercise_changes_one_line_that_is_there(number):
     file, old, new = EXERCISES[number]
     changed = change((ROOT / file).read_text("utf-8"), old, new, file)
     compile(changed, file, "exec")
+
+
+def test_the_recipe_for_weighted_words_runs():
+    text = (ROOT / "weights" / "README.md").read_text("utf-8")
+    scope = {}
+    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], scope)
+    assert scope["hidden"].shape == (2, 2 * 32, 128) and scope["image"].size == (128, 128)

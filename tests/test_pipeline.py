@@ -70,6 +70,33 @@ def test_the_default_size_is_the_one_that_the_file_was_trained_for(folder, tmp_p
     assert Cascade(tmp_path).size(None, None) == (1024, 1024)
 
 
+def test_the_compression_decides_the_size_of_the_semantic_latent(pipeline):
+    options = {"width": 128, "height": 64, "compression": 64}
+    latents = pipeline.prior("a star", steps=3, **options)
+    assert latents.shape == (1, 16, 1, 2) and pipeline.encode_semantic(latents, **options) is latents
+    image = pipeline.decode(latents, "a star", steps=2, prior_steps=3, compression=64, output="pt")
+    assert torch.equal(image, pipeline("a star", output="pt", **options, **FEW))
+    with pytest.raises(model.CascadeError, match="latents: expected the shape"):
+        pipeline.decode(latents, width=128, height=64)
+
+
+@pytest.mark.parametrize("start", [{}, {"init_image": START["init_image"], "strength": 0.5}], ids=["noise", "image"])
+def test_a_list_of_times_replaces_the_number_of_steps(pipeline, start):
+    options = {"seed": 3, "output": "pt", **start}
+    first = 0.5 if start else 1.0
+    times = {"steps": [first, first / 2, 0.0], "decoder_steps": [1.0, 0.5, 0.0]}
+    number = pipeline("a star", steps=4 if start else 2, decoder_steps=2, **options)
+    assert torch.equal(number, pipeline("a star", **times, **options))
+    assert not torch.equal(number, pipeline("a star", **times | {"steps": [first, 0.1, 0.0]}, **options))
+
+
+def test_one_reference_image_needs_no_list(pipeline):
+    image = START["init_image"]
+    embeddings = pipeline.encode_image(image).double()  # cast to the network's type
+    for one in (image, [image], embeddings):
+        assert torch.equal(pipeline("a star", variation_images=one, **TINY), pipeline("a star", variation_images=[image], **TINY))
+
+
 # ------------------------------------------------------------------------------ memory
 def test_one_network_is_in_memory_at_a_time_unless_all_are_kept(folder, monkeypatch):
     counts = count_networks(monkeypatch)
@@ -111,9 +138,10 @@ def test_original_diffusers_and_mixed_folders_give_the_same_image(folder, tmp_pa
     assert all(torch.allclose(original, image, atol=1e-5) for image in others)
 
 
-def test_lite_is_an_option_and_a_bf16_file_is_used_where_there_is_no_other(tmp_path):
+def test_lite_is_an_option_and_the_file_whose_precision_fits_the_type_is_used(tmp_path):
     files = ["stage_c_bf16", "stage_c_lite", "stage_a", "stage_a_bf16", "text_encoder/model.bf16"]
-    files += [f"{folder}/diffusion_pytorch_model" for folder in ("decoder", "decoder_lite")]
+    files += [f"{folder}/diffusion_pytorch_model{ending}" for folder, ending in (
+        ("decoder", ""), ("decoder", ".fp16"), ("decoder_lite", ".fp16"))]
     for name in files:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / f"{name}.safetensors").touch()
@@ -124,3 +152,7 @@ def test_lite_is_an_option_and_a_bf16_file_is_used_where_there_is_no_other(tmp_p
         names = [cascade.file("stage_c").stem, cascade.file("stage_b").parent.name]
         assert names == [prior, decoder] and cascade.file("stage_a").stem == "stage_a"
         assert cascade.file("text_encoder").stem == "model.bf16"
+    for dtype, endings in (("fp32", ("", "")), ("bf16", ("_bf16", "")), ("fp16", ("", ".fp16"))):
+        cascade = Cascade(tmp_path, dtype=dtype)
+        names = [cascade.file(name).stem for name in ("stage_a", "stage_b")]
+        assert names == [f"stage_a{endings[0]}", f"diffusion_pytorch_model{endings[1]}"]

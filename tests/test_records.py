@@ -12,12 +12,13 @@ from model import Weights
 
 SETTINGS = {"prompts": "", "negative": "", "width": "64", "height": "64", "seed": "0", "steps": "4",
     "guidance": "4.0", "guidance_interval": "[0.0, 1.0]", "recipe": "diffusers", "decoder_steps": "1",
-    "decoder_guidance": "0.0", "version": "2"}
+    "decoder_guidance": "0.0", "compression": "42.67", "version": "2"}
 STAGE_C_ONLY = ("negative", "steps", "guidance", "guidance_interval")
 RUNS = {
     "one stär --negative blue --images 3 --seed 9": {  # the last of six images
         "prompts": "stär", "negative": "blue", "seed": "14"},
-    "--variation-image a.png --variation-image a.png": {"variation_image": "['a.png', 'a.png']"},
+    "--variation-image a.png --variation-image a.png --compression 64": {
+        "variation_image": "['a.png', 'a.png']", "compression": "64.0"},
     "one two --variation-image a.png": {
         "prompts": "two", "variation_image": "['a.png']", "seed": "1"},
     "one --init-image a.png --strength 0.6": {

@@ -3,10 +3,11 @@
     python tests/porting/bench.py               all rows, ours and diffusers' in alternation: medians and their ratio
     python tests/porting/bench.py --gains       what each optimisation gains: with it and without
     python tests/porting/bench.py --quick       tiny networks: shows that the benchmark runs; its times mean nothing
+    python tests/porting/bench.py --device cuda --batches 1 4 [--compile]       also images per second, networks loaded
 
---write puts the table into PERFORMANCE.md. It runs on the CPU of a Linux machine, with PyTorch's number of threads (OMP_NUM_THREADS changes
-it), in bf16 where the CPU multiplies it and in fp32 elsewhere. The files, 9 GB in bf16, are written to a temporary
-folder (TMPDIR chooses its place). tests/parity/requirements.txt names the peers.
+--write puts the table into PERFORMANCE.md. It runs on a Linux machine, with PyTorch's number of threads (OMP_NUM_THREADS changes it), in bf16
+where the device multiplies it, else on a CPU in fp32 and on CUDA in fp16. The files, 9 GB in bf16, are written to a
+temporary folder (TMPDIR chooses its place). tests/parity/requirements.txt names the peers.
 """
 import argparse
 import json
@@ -34,7 +35,7 @@ from helpers import OFFICIAL, on_meta, relative_error
 from pages import PERFORMANCE_PAGE, table, write_section
 
 import model
-from cascade import DTYPES, NETWORKS, tune_process
+from cascade import DTYPES, NETWORKS, accumulate_in_fp32, default_dtype, tune_process
 
 TITLES = {"stage_a": "Stage A", "stage_b_lite": "Stage B lite, a step",
           "stage_c_lite": "Stage C lite, a step with guidance", "text_encoder": "Text encoder, 2 prompts"}
@@ -88,26 +89,29 @@ def inputs_of(name, quick, dtype):
             "clip_text": randn(2, 77, D), "clip_img": torch.zeros(2, 1, E, dtype=dtype)}
 
 
-def our_call(name, folder, dtype, inputs, without=""):
+def our_call(name, folder, dtype, inputs, device, without=""):
     """A function that calls our network, in a process like that of the command, but for one optimisation."""
     if without == "attention by head":
         model.scaled_dot_product = F.scaled_dot_product_attention
     if without != "allocator tuning":
         tune_process()
-    network = model.load(folder / tiny.file_name(name), networks=NETWORKS)
+    accumulate_in_fp32()
+    network = model.load(folder / tiny.file_name(name), device, networks=NETWORKS)
+    inputs = {key: value.to(device) for key, value in inputs.items()}
     if name == "text_encoder":
         return lambda: network(**inputs)[1]
     return partial(network.decode if name == "stage_a" else network, **inputs)
 
 
-def peer_call(name, folder, dtype, inputs):
+def peer_call(name, folder, dtype, inputs, device):
     """A function that calls diffusers' or transformers' network on the same inputs."""
     import peers
+    inputs = {key: value.to(device) for key, value in inputs.items()}
     if name == "text_encoder":
-        peer = peers.CLIPTextModelWithProjection.from_pretrained(folder / name, dtype=dtype)
+        peer = peers.CLIPTextModelWithProjection.from_pretrained(folder / name, dtype=dtype).to(device)
         return lambda: peer(inputs["ids"], attention_mask=inputs["mask"]).text_embeds[:, None]
     network = peers.PaellaVQModel if name == "stage_a" else peers.StableCascadeUNet
-    peer = network.from_pretrained(folder / FOLDERS[name], torch_dtype=dtype).eval()
+    peer = network.from_pretrained(folder / FOLDERS[name], torch_dtype=dtype).eval().to(device)
     if name == "stage_a":
         return lambda: peer.decode(inputs["z"] * peer.config.scale_factor).sample
     arguments = {**inputs, "sample": inputs["x"], "timestep_ratio": inputs["r"].to(dtype)}
@@ -120,11 +124,13 @@ def peer_call(name, folder, dtype, inputs):
 def seconds(call):
     begin = time.perf_counter()
     call()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
     return time.perf_counter() - begin
 
 
-def matrix_rate(dtype, n=2048):
-    a, b = torch.randn(n, n, dtype=dtype), torch.randn(n, n, dtype=dtype)
+def matrix_rate(dtype, device, n=2048):
+    a, b = torch.randn(2, n, n, dtype=dtype, device=device)
     return 2 * n ** 3 / min(seconds(lambda: a @ b) for _ in range(5))
 
 
@@ -135,7 +141,7 @@ def prepare(make, *arguments):
 
 
 def first_output():
-    return call().float().numpy()
+    return call().float().cpu().numpy()
 
 
 def seconds_of_a_call():
@@ -155,18 +161,20 @@ def compare_calls(makers, arguments, rounds):
 # Programs for processes of their own: title -> ours, diffusers'.
 BEGIN = """
 import json, sys, time
-folder, dtype, side, steps, decoder_steps = json.loads(sys.argv[1])
+folder, dtype, device, count, compiled, side, steps, decoder_steps = json.loads(sys.argv[1])
 begin = time.perf_counter()
 """
 FINISH = """
 end = time.perf_counter()
+import torch
 status = dict(line.split(":", 1) for line in open("/proc/self/status"))
-print(json.dumps([end - begin, int(status["VmHWM"].split()[0]) * 1024]))
+peak = int(status["VmHWM"].split()[0]) * 1024 if device == "cpu" else torch.cuda.max_memory_allocated()
+print(json.dumps([end - begin, peak]))
 """
 LOAD = """
 import cascade
 cascade.tune_process()
-pipeline = cascade.Cascade(folder, dtype=dtype, lite=True)
+pipeline = cascade.Cascade(folder, device, dtype, lite=True)
 begin = time.perf_counter()
 networks = pipeline.network("stage_c"), pipeline.network("stage_b")
 """, """
@@ -174,17 +182,10 @@ import torch
 from diffusers import StableCascadeUNet
 dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
 begin = time.perf_counter()
-prior = StableCascadeUNet.from_pretrained(f"{folder}/prior_lite", torch_dtype=dtype)
-decoder = StableCascadeUNet.from_pretrained(f"{folder}/decoder_lite", torch_dtype=dtype)
+prior = StableCascadeUNet.from_pretrained(f"{folder}/prior_lite", torch_dtype=dtype).to(device)
+decoder = StableCascadeUNet.from_pretrained(f"{folder}/decoder_lite", torch_dtype=dtype).to(device)
 """
-IMAGE = """
-import cascade
-cascade.tune_process()
-options = {"weights": folder, "dtype": dtype, "steps": steps, "decoder-steps": decoder_steps,
-           "width": side, "height": side, "device": "cpu", "output": f"{folder}/ours.png"}
-options = [f"--{name}={value}" for name, value in options.items()]
-assert cascade.main(["a red circle", "--lite", *options]) == 0
-""", LOAD[1] + """
+DIFFUSERS = LOAD[1] + """
 from diffusers import DDPMWuerstchenScheduler, StableCascadeCombinedPipeline
 from diffusers.pipelines.deprecated.wuerstchen.modeling_paella_vq_model import PaellaVQModel
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
@@ -193,11 +194,36 @@ tokenizer = CLIPTokenizer.from_pretrained(f"{folder}/tokenizer", model_max_lengt
 vqgan = PaellaVQModel.from_pretrained(f"{folder}/vqgan", torch_dtype=dtype)
 pipeline = StableCascadeCombinedPipeline(
     tokenizer, text, decoder, DDPMWuerstchenScheduler(), vqgan,
-    prior, text, tokenizer, DDPMWuerstchenScheduler())
-pipeline("a red circle", width=side, height=side, prior_num_inference_steps=steps,
-         num_inference_steps=decoder_steps, generator=[torch.Generator("cpu").manual_seed(0)]
-         ).images[0].save(f"{folder}/theirs.png")
+    prior, text, tokenizer, DDPMWuerstchenScheduler()).to(device)
+def draw():
+    generators = [torch.Generator("cpu").manual_seed(i) for i in range(count)]
+    return pipeline("a red circle", width=side, height=side, prior_num_inference_steps=steps,
+                    num_inference_steps=decoder_steps, num_images_per_prompt=count, generator=generators).images
 """
+IMAGE = """
+import cascade
+cascade.tune_process()
+options = {"weights": folder, "dtype": dtype, "steps": steps, "decoder-steps": decoder_steps,
+           "width": side, "height": side, "device": device, "output": f"{folder}/ours.png"}
+options = [f"--{name}={value}" for name, value in options.items()]
+assert cascade.main(["a red circle", "--lite", *options]) == 0
+""", DIFFUSERS + 'draw()[0].save(f"{folder}/theirs.png")'
+TWICE = """
+for unet in unets if compiled else ():
+    unet.compile()
+draw()
+begin = time.perf_counter()
+draw()
+"""
+LOADED = """
+import cascade
+cascade.tune_process()
+cascade.accumulate_in_fp32()
+pipeline = cascade.Cascade(folder, device, dtype, lite=True, keep=True)
+unets = pipeline.network("stage_c"), pipeline.network("stage_b")
+def draw():
+    pipeline("a red circle", width=side, height=side, images=count, steps=steps, decoder_steps=decoder_steps)
+""" + TWICE, DIFFUSERS + "unets = prior, decoder" + TWICE
 PROGRAMS = {"import": ("import cascade", "from diffusers import StableCascadeCombinedPipeline"),
             "load": LOAD, "image": IMAGE}
 
@@ -214,33 +240,41 @@ def run_process(code, settings):
 
 # ------------------------------------------------------------------------------ the tables
 
-def compare_with_diffusers(folder, quick, dtype, settings, rounds):
+def compare_with_diffusers(folder, quick, dtype, settings, rounds, batches):
     def row(title, ours, theirs, unit="s", error=""):
         return title, f"{ours:.3g} {unit}", f"{theirs:.3g} {unit}", f"{ours / theirs:.2f}", error
 
     yield "", "ours", "diffusers", "ratio", "relative error"
     for name, title in TITLES.items():
-        arguments = name, folder, dtype, inputs_of(name, quick, dtype)
+        arguments = name, folder, dtype, inputs_of(name, quick, dtype), settings[2]
         longer = rounds * 5 if name == "text_encoder" else rounds
         ours, theirs, error = compare_calls((our_call, peer_call), arguments, longer)
         yield row(title, ours, theirs, error=f"{error:.0e}")
-    medians = {}                                        # title -> seconds, seconds since `begin`, bytes of both
-    for title, codes in PROGRAMS.items():
+
+    def medians_of(codes):
+        """Seconds, seconds since `begin`, bytes of both."""
         runs = [[run_process(code, settings) for code in codes] for _ in range(rounds)]
-        medians[title] = torch.tensor(runs, dtype=torch.float64).median(dim=0).values.T.tolist()
+        return torch.tensor(runs, dtype=torch.float64).median(dim=0).values.T.tolist()
+
+    medians = {title: medians_of(codes) for title, codes in PROGRAMS.items()}
     yield row("Import and start", *medians["import"][0])
     yield row("Loading the lite pair", *medians["load"][1])
     yield row("Prompt to image, peak", *(peak / 1e9 for peak in medians["image"][2]), "GB")
     yield row(f"Prompt to image, {settings[-2]} + {settings[-1]} steps", *medians["image"][0])
+    for settings[3] in batches:
+        _, times, peaks = medians_of(LOADED)
+        title = f"Batch of {settings[3]}, networks loaded{', UNets compiled' if settings[4] else ''}"
+        yield row(title, *(settings[3] / each for each in times), "images/s")
+        yield row(f"{title}: peak", *(peak / 1e9 for peak in peaks), "GB")
 
 
-def gains(folder, quick, dtype, settings, rounds):
+def gains(folder, quick, dtype, settings, rounds, batches):
     yield "without", "network", "seconds with it", "without it", "ratio", "relative error"
     for without in "attention by head", "allocator tuning":
         for name, title in TITLES.items():
             if (without, name) == ("attention by head", "stage_a"):
                 continue                                # it has none
-            arguments = name, folder, dtype, inputs_of(name, quick, dtype)
+            arguments = name, folder, dtype, inputs_of(name, quick, dtype), settings[2]
             makers = our_call, partial(our_call, without=without)
             ours, other, error = compare_calls(makers, arguments, rounds)
             yield without, title, f"{ours:.3g}", f"{other:.3g}", f"{ours / other:.2f}", f"{error:.0e}"
@@ -249,25 +283,32 @@ def gains(folder, quick, dtype, settings, rounds):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-    for option in ("--quick", "--gains", "--write"):
+    for option in ("--quick", "--gains", "--write", "--compile"):
         parser.add_argument(option, action="store_true")
     parser.add_argument("--rounds", type=int, default=3, help="of which the median is taken (default: 3)")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16" if has_bf16 else "fp32")
+    parser.add_argument("--dtype", choices=DTYPES)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batches", type=int, nargs="+", default=[], help="of images, with the networks loaded")
     options = parser.parse_args()
+    chip = "cpu"
+    if options.device != "cpu":
+        chip = torch.cuda.get_device_name(options.device)
+        has_bf16 = default_dtype(torch.device(options.device)) == torch.bfloat16
+    options.dtype = options.dtype or ("bf16" if has_bf16 else "fp32" if chip == "cpu" else "fp16")
     dtype, rounds = DTYPES[options.dtype], 1 if options.quick else options.rounds
     versions = [f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers")]
-    head = (f"{', '.join(versions)}; {torch.get_num_threads()} threads, {options.dtype}, "
-            f"{matrix_rate(dtype) / 1e12:.2g} TFLOP/s in a matrix product.\n")
+    head = (f"{', '.join(versions)}; {chip}, {torch.get_num_threads()} threads, {options.dtype}, "
+            f"{matrix_rate(dtype, options.device) / 1e12:.2g} TFLOP/s in a matrix product.\n")
     print(head)
     with tempfile.TemporaryDirectory() as folder:
         write_files(Path(folder), options.quick, dtype)
-        settings = [folder, options.dtype, *((128, 2, 1) if options.quick else (1024, 20, 10))]
+        settings = [folder, options.dtype, options.device, 1, options.compile, *((128, 2, 1) if options.quick else (1024, 20, 10))]
         rows, measure = [], gains if options.gains else compare_with_diffusers
-        for row in measure(Path(folder), options.quick, dtype, settings, rounds):
+        for row in measure(Path(folder), options.quick, dtype, settings, rounds, options.batches):
             print("| " + " | ".join(row) + " |", flush=True)
             rows.append(row)
     if options.write:
-        name = "gains" if options.gains else "benchmark"
+        name = "gains" if options.gains else "benchmark" if chip == "cpu" else "cuda"
         write_section(PERFORMANCE_PAGE, name, f"{head}\n{table(rows[0], rows[1:])}")
 
 
