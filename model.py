@@ -216,9 +216,11 @@ class UNetConfig:
     @property
     def residual_widths(self):
         """The channels of every residual block, in the order they run."""
-        widths = self.widths + self.widths[::-1]
-        levels = zip(widths, self.down + self.up, self.down_repeat + self.up_repeat)
-        return [width for width, letters, repeat in levels for _ in range(letters.count("R") * repeat)]
+        levels = zip(self.widths + self.widths[::-1], self.down + self.up, self.down_repeat + self.up_repeat)
+        widths = []
+        for width, letters, repeat in levels:
+            widths += [width] * (letters.count("R") * repeat)
+        return widths
 
 
 class UNet(nn.Module):
@@ -860,8 +862,8 @@ def controlnet_config(weights: Weights) -> ControlNetConfig:
                 f"metadata: blocks: expected {len(projections)} numbers, got {blocks!r:.80}")
     else:
         blocks = CONTROL_BLOCKS
-        require(len(projections) == len(blocks), "expected 8 projections, or the residual blocks that they are for "
-                f"as a JSON list in the metadata, \"blocks\"; got {len(projections)} projections without it")
+        require(len(projections) == len(blocks), f"{len(projections)} projections: expected 8, or metadata that "
+                "say which residual blocks they are for: \"blocks\", a JSON list")
     unet_width, features = projections[0][:2]
     if "backbone.0.0.weight" in weights:
         encoder = efficientnet_config(weights)
@@ -902,7 +904,7 @@ def load(path, device: torch.device | str = "cpu", dtype: torch.dtype | None = N
         config = read_config(weights)
         with torch.device("meta"):
             network = network_class(config)
-    require(not loras or name in ("stage_c", "text_encoder"), f"{path}: LoRAs are for Stage C and the text encoder")
+    require(not loras or name in ("stage_c", "text_encoder"), f"{path}: a {name} takes no LoRA")
     changes = [Lora(file, strength, network) for file, strength in loras]
     return weights.load_into(network, device, dtype, changes)
 
@@ -944,7 +946,7 @@ class Lora:
                 layer, third, part = self._parse(tensor)
                 is_text = layer.startswith("text_")
                 if is_text == ("text_projection" in names):
-                    require(layer in names, f"{path}: {tensor}: neither Stage C nor the text encoder has this layer")
+                    require(layer in names, f"{path}: {tensor}: Stage C and the text encoder have no such layer")
                     found.setdefault((layer, third), {})[part] = tensor
         for (layer, third), parts in found.items():
             name = names[layer]
@@ -968,8 +970,8 @@ class Lora:
         """lora_unet_up_blocks_0_2_attention_attn_to_q.alpha: the layer up_blocks_0_2_attention_attn_in_proj_weight, its
         third 0, its part alpha."""
         suffix = next((suffix for suffix in LORA_PARTS if tensor.endswith(suffix)), None)
-        require(suffix, f"{self.weights.path}: {tensor}: expected a LoRA, with tensors such as LAYER.lora_up.weight, "
-                "LAYER.lora_down.weight and LAYER.alpha")
+        require(suffix, f"{self.weights.path}: {tensor}: expected a LoRA, whose tensors are named such as "
+                "LAYER.lora_up.weight, LAYER.lora_down.weight, LAYER.alpha")
         layer = tensor.removesuffix(suffix).replace(".", "_")
         for prefix in LORA_PREFIXES:
             layer = layer.removeprefix(prefix)
@@ -986,14 +988,14 @@ class Lora:
         rank, columns = down[0], math.prod(down[1:])
         fits = rank > 0 and (up[0], math.prod(up[1:])) == (rows, rank)
         fits = fits and columns in (shape[1], math.prod(shape[1:]))
-        require(fits, f"{where}: expected lora_up ({rows}, rank) and lora_down (rank, {shape[1]}), got {up} and {down}")
-        for tensor in parts.values():
-            types = self.weights.types[tensor]
-            require(types.issubset(FLOAT_TYPES), f"{where}: expected fp32, bf16 or fp16, got {', '.join(types)}")
+        require(fits, f"{where}: expected lora_up ({rows}, rank) and lora_down (rank, {shape[1]}), "
+                f"got {up} and {down}")
         alpha = 1 if layer.startswith("weights_") else rank
         if "alpha" in parts:
             require(math.prod(self.weights[parts["alpha"]]) == 1, f"{where}: expected one alpha")
             alpha = self.weights.tensor(parts["alpha"]).item()
+        types = {kind for tensor in parts.values() for kind in self.weights.types[tensor]}
+        require(types.issubset(FLOAT_TYPES), f"{where}: expected fp32, bf16 or fp16, got {types}")
         return third, parts["down"], parts["up"], alpha
 
     def change(self, name, weight):
@@ -1002,7 +1004,7 @@ class Lora:
             down = self.weights.tensor(down, weight.device, torch.float32).flatten(1)
             up = self.weights.tensor(up, weight.device, torch.float32).flatten(1)
             delta = self.strength * alpha / len(down) * (up @ down)
-            require(delta.isfinite().all(), f"{self.weights.path}: the change of {name} is not finite")
+            require(delta.isfinite().all(), f"{self.weights.path}: its change of {name} is not finite")
             rows = weight if third is None else weight.chunk(3)[third]
             if delta.numel() == rows.numel():
                 rows += delta.view_as(rows)
