@@ -373,9 +373,10 @@ class Cascade:
         elif control == "canny":
             hint = canny_hint(load_pixels(hint, width, height))
         elif control == "inpainting":
-            white = load_mask(mask, hint, width, height)  # (1, 1, H, W)
+            Hc, Wc = semantic_sides(width, height)
             pixels = load_pixels(hint, width, height)  # (1, 3, 32 * Hc, 32 * Wc)
-            white = F.adaptive_max_pool2d(white, pixels.shape[2:])  # (1, 1, 32 * Hc, 32 * Wc)
+            white = load_mask(mask, hint, width, height)  # (1, 1, H, W)
+            white = F.adaptive_max_pool2d(white, (32 * Hc, 32 * Wc))  # (1, 1, 32 * Hc, 32 * Wc)
             hint = torch.cat([pixels.maximum(white), white], dim=1)  # (1, 4, 32 * Hc, 32 * Wc)
         else:
             latent = self._encode_pixels(load_pixels(hint, width // 2, height // 2))
