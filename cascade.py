@@ -9,6 +9,9 @@
     python cascade.py "a blue star" --animate star.gif                          noise becoming the image
     python cascade.py --variation-image a.png                                   a variation of an image
     python cascade.py "a blue star" --init-image a.png --strength 0.7           image to image
+    python cascade.py "a blue star" --init-image a.png --mask b.png             repaint where the mask is white
+    python cascade.py "a blue star" --control canny --hint a.png                draw along the edges of an image
+    python cascade.py "a dog" --lora dog.safetensors:0.8                        with a LoRA, at strength 0.8
     python cascade.py --reconstruct a.png                                       to the semantic latent and back
     python cascade.py "an astronaut" --weights weights/official --lite --dtype bf16
 
@@ -61,7 +64,11 @@ TINY = Path(__file__).resolve().parent / "weights" / "tiny"
 NETWORKS = model.NETWORKS | text_encoder.NETWORKS
 CHANNELS = {                                            # of latents, which the networks hand to each other
     "latent_channels": {"stage_c": 16, "stage_b": 4, "stage_a": 4, "effnet_encoder": 16, "previewer": 16},
-    "semantic_channels": {"stage_b": 16, "stage_c": 0}}
+    "semantic_channels": {"stage_b": 16, "stage_c": 0},
+    "hint_channels": {
+        "controlnet/canny": 1, "controlnet/inpainting": 4, "controlnet/super_resolution": 16}}
+CONTROLS = ("canny", "inpainting", "super_resolution")  # kinds of ControlNet
+NETWORK_NAMES = (*NETWORKS, *CHANNELS["hint_channels"])
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OUTPUTS = ("pil", "np", "pt", "latent")
 LITE = {False: (), True: ("stage_c", "stage_b"), "prior": ("stage_c",), "decoder": ("stage_b",)}
@@ -113,22 +120,27 @@ class Cascade:
     decoder_dtype   dtype of Stage B and A (default: dtype)
     keep            keep networks in memory; otherwise every call loads each of them again
     progress        show progress bars
+    loras           LoRA files for Stage C and the text encoder, [(file, strength), ...]
+    tokens          for LoRAs with new tokens, in their order: {new token: the word that it starts from}
 
     On CUDA, PyTorch computes fp32 convolutions in TF32 and may sum products of bf16 or fp16 in these types, unless a
     script calls `accumulate_in_fp32`, as the command does.
     """
     def __init__(self, folder: str | Path = TINY, device: Device = "auto", dtype: Dtype = "auto",
                  lite: bool | str = False, decoder_dtype: Dtype | None = None, keep: bool = False,
-                 progress: bool = False):
+                 progress: bool = False, loras: list[tuple[str | Path, float]] = (),
+                 tokens: dict[str, str] | None = None):
         self.folder = check_folder(folder)
         self.device = check_device(device)
         prior_dtype = check_dtype("dtype", dtype, self.device)
         decoder_dtype = prior_dtype if decoder_dtype is None else decoder_dtype
         decoder_dtype = check_dtype("decoder_dtype", decoder_dtype, self.device)
-        self.dtypes = dict.fromkeys(NETWORKS, prior_dtype)
+        self.dtypes = dict.fromkeys(NETWORK_NAMES, prior_dtype)
         self.dtypes["stage_b"] = self.dtypes["stage_a"] = decoder_dtype
         check(lite=lite)
         self.lite = LITE[lite]
+        self.loras = check_loras(loras)
+        self.tokens = check_tokens({} if tokens is None else tokens)
         self.keep, self.progress = keep, progress
         self.kept = {}
 
@@ -140,7 +152,9 @@ class Cascade:
                  recipe: str = "diffusers", output: str = "pil",
                  variation_images: list | OneImage | Tensor | None = None,
                  init_image: OneImage | Tensor | None = None, strength: float = 0.8,
-                 interval: tuple[float, float] = (0.0, 1.0), callback: Callable | None = None):
+                 interval: tuple[float, float] = (0.0, 1.0), callback: Callable | None = None,
+                 control: str | None = None, hint: OneImage | Tensor | None = None,
+                 mask: OneImage | None = None, control_strength: float = 1.0):
         """Prompts -> images, `images` for each prompt; image i of the batch has the seed `seed + i`. See `prior`
         and `decode` for the arguments."""
         check(decoder_steps=decoder_steps, output=output)
@@ -148,12 +162,13 @@ class Cascade:
             check(decoder_guidance=decoder_guidance)
         for name in ("text_encoder", "stage_c", "stage_b", "stage_a"):
             self.file(name)  # a missing file is an error now, not after Stage C
-        width, height = self.size(width, height)
+        width, height = self.size(width, height, control, hint)
         text = self.encode_prompt(prompts, negative)
         latents = self.prior(
             text, width=width, height=height, compression=compression, images=images, seed=seed,
             steps=steps, guidance=guidance, recipe=recipe, variation_images=variation_images,
-            init_image=init_image, strength=strength, interval=interval, callback=callback)
+            init_image=init_image, strength=strength, interval=interval, callback=callback,
+            control=control, hint=hint, mask=mask, control_strength=control_strength)
         prior_steps = count_steps(steps, 1.0 if init_image is None else strength)
         return self.decode(
             latents, text, width=width, height=height, compression=compression, seed=seed,
@@ -167,7 +182,9 @@ class Cascade:
               recipe: str = "diffusers",
               variation_images: list | OneImage | Tensor | None = None,
               init_image: OneImage | Tensor | None = None, strength: float = 0.8,
-              interval: tuple[float, float] = (0.0, 1.0), callback: Callable | None = None) -> Tensor:
+              interval: tuple[float, float] = (0.0, 1.0), callback: Callable | None = None,
+              control: str | None = None, hint: OneImage | Tensor | None = None,
+              mask: OneImage | None = None, control_strength: float = 1.0) -> Tensor:
         """Stage C: prompts -> semantic latents (N, 16, Hc, Wc), fp32.
 
         prompts             strings, or TextEmbeddings, which include the negative prompts
@@ -178,10 +195,14 @@ class Cascade:
                             to t = strength; int(steps * strength) steps remain
         recipe, interval    see sampler.py
         callback            callback(step, x0) after every step, from 1; x0 is the predicted clean latent
+        control, hint       the kind of ControlNet, and the image that it looks at, or a hint as the network takes it
+        mask                image of the initial or hint image's size: only what is white (above 127) is painted
+        control_strength    factor of the ControlNet's feature maps
         """
         check(steps=steps, guidance=guidance, images=images, strength=strength)
-        check(recipe=recipe, interval=interval)
-        width, height = self.size(width, height)
+        check(recipe=recipe, interval=interval, control_strength=control_strength)
+        check_control(control, hint, mask, init_image)
+        width, height = self.size(width, height, control, hint)
         text = self.encode_prompt(prompts, negative)
         N = images * len(text.pooled) // 2
         noise_generators = generators(check_seeds(seed, N), N)
@@ -191,18 +212,24 @@ class Cascade:
         if variation_images is not None:
             embeddings = self.encode_image(variation_images)  # (R, E)
             condition["clip_img"] = append_zeros(embeddings.expand(N, -1, -1))  # (2 * N, R, E)
-        init = {}
+        extras = {}
+        if control is not None:
+            maps = self._control_maps(control, hint, mask, width, height, compression)
+            extras["control"] = {block: control_strength * value for block, value in maps.items()}
         if init_image is not None:
             init_latent = self.encode_semantic(init_image, width, height, compression)  # (1 or N, 16, Hc, Wc)
             count = len(init_latent)
             require(count in (1, N), f"init_image: expected 1 or {N} latents, got {count}")
-            init = {"init_latent": init_latent, "strength": strength}
+            extras |= {"init_latent": init_latent, "strength": strength}
+            if mask is not None:
+                white = load_mask(mask, init_image, width, height)  # (1, 1, H, W)
+                extras["mask"] = F.adaptive_max_pool2d(white, shape[1:]).bool()  # (1, 1, Hc, Wc)
             if not isinstance(steps, list):
                 steps = int(steps * strength)
             require(steps, f"strength: {strength} leaves no step; expected more of either")
         recipe = replace(RECIPES[recipe], interval=tuple(interval))
         return self._denoise("stage_c", shape, condition, steps, guidance, noise_generators, recipe,
-                             callback, **init)
+                             callback, **extras)
 
     @torch.no_grad()
     def decode(self, latents: Tensor, prompts: Prompts = "", negative: str | list[str] = "", *,
@@ -250,12 +277,14 @@ class Cascade:
         return width, height
 
     def _denoise(self, name, shape, condition, steps, guidance, noise_generators, recipe,
-                 callback=None, **init):
+                 callback=None, **extras):
         """Stage B or C: noise -> the last latents (N, *shape), fp32."""
         require(callback is None or callable(callback), "callback: expected a function")
         unet = self.network(name)
         self._check_condition(name, unet.config, condition)
-        latents = sample(unet, shape, condition, steps, guidance, noise_generators, recipe, **init)
+        self._check_control(name, unet.config, extras.get("control", {}))
+        latents = sample(
+            unet, shape, condition, steps, guidance, noise_generators, recipe, **extras)
         steps = count_steps(steps)
         progress = tqdm(latents, label(name), steps, disable=not self.progress)
         finite = []                                     # after each step, on the device
@@ -274,6 +303,14 @@ class Cascade:
                   "clip_img": config.image_dim}
         for key in condition.keys() & widths:
             check_tensor(f"{self.file(name)}: {key}", condition[key], (None, None, widths[key]))
+
+    def _check_control(self, name, config, control):
+        """Has this network the residual blocks that the ControlNet is for, with as many channels?"""
+        widths = dict(enumerate(config.residual_widths))
+        for block, feature_map in control.items():
+            width, channels = widths.get(block, 0), feature_map.shape[1]
+            require(width == channels, f"{self.file(name)}: residual block {block} has {width} channels, "
+                    f"the ControlNet's map for it has {channels}: it is for another Stage C")
 
     def _decode_pixels(self, z):
         """Stage A, one image at a time: (N, 4, Hb, Wb) -> (N, 3, 4 * Hb, 4 * Wb) in [0, 1], fp32."""
@@ -310,7 +347,8 @@ class Cascade:
     def _tokenizer(self, config):
         tokenizer = self.kept.get("tokenizer")
         if tokenizer is None:
-            tokenizer = text_encoder.Tokenizer(self.folder / "tokenizer", config.length)
+            tokenizer = text_encoder.Tokenizer(
+                self.folder / "tokenizer", config.length, self.tokens)
             require(tokenizer.end == config.end, f"{self.folder / 'tokenizer'}: expected the text "
                     f"encoder's end token {config.end}, got {tokenizer.end}")
         if self.keep:
@@ -342,12 +380,35 @@ class Cascade:
         if torch.is_tensor(image):
             check_tensor("init_image", image, (None, 16, Hc, Wc))
             return image
-        image = ImageOps.fit(load_image(image), (width, height), Image.Resampling.BICUBIC)
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255  # (1, 3, H, W)
-        pixels = F.interpolate(pixels, (32 * Hc, 32 * Wc), mode="bilinear", antialias=True)
+        return self._encode_pixels(load_pixels(image, width, height, compression))
+
+    def _encode_pixels(self, pixels):
+        """(1, 3, 32 * Hc, 32 * Wc) -> the semantic latent (1, 16, Hc, Wc), fp32."""
         encoder = self.network("effnet_encoder")
         latent = encoder(pixels.to(self.device, self.dtypes["effnet_encoder"]))
         return self.check_finite("effnet_encoder", latent.float())
+
+    def _control_maps(self, control, hint, mask, width, height, compression):
+        """The ControlNet's feature maps for some of Stage C's residual blocks."""
+        name = f"controlnet/{control}"
+        self.file(name)  # a missing file is an error now
+        if torch.is_tensor(hint):
+            check_tensor("hint", hint, (1, CHANNELS["hint_channels"][name], None, None))
+        elif control == "canny":
+            hint = canny_hint(load_pixels(hint, width, height, compression))
+        elif control == "inpainting":
+            Hc, Wc = semantic_sides(width, height, compression)
+            pixels = load_pixels(hint, width, height, compression)  # (1, 3, 32 * Hc, 32 * Wc)
+            white = load_mask(mask, hint, width, height)  # (1, 1, H, W)
+            white = F.adaptive_max_pool2d(white, (32 * Hc, 32 * Wc))  # (1, 1, 32 * Hc, 32 * Wc)
+            hint = torch.cat([pixels.maximum(white), white], dim=1)  # (1, 4, 32 * Hc, 32 * Wc)
+        else:
+            latent = self._encode_pixels(load_pixels(hint, width // 2, height // 2, compression))
+            hint = F.interpolate(latent, scale_factor=2, mode="nearest")
+        maps = self.network(name)(hint.to(self.device, self.dtypes[name]))
+        for value in maps.values():
+            self.check_finite(name, value)
+        return maps
 
     def network(self, name: str) -> torch.nn.Module:
         """The network with this name in NETWORKS, ready to run."""
@@ -356,7 +417,7 @@ class Cascade:
         if network is None:
             if self.device.type in ("cuda", "mps"):     # what the previous network took
                 getattr(torch, self.device.type).empty_cache()
-            network = model.load(self.file(name), self.device, self.dtypes[name], name, NETWORKS)
+            network = self._load(name)
             for field, channels in CHANNELS.items():
                 found = getattr(network.config, field, None)
                 require(found == channels.get(name), f"{self.file(name)}: expected {field} "
@@ -365,11 +426,27 @@ class Cascade:
             self.kept[name] = network
         return network
 
+    def _load(self, name):
+        where = self.file(name), self.device, self.dtypes[name]
+        if name == "text_encoder":
+            bpe = text_encoder.read_tokenizer(self.folder / "tokenizer") if self.tokens else None
+            words = [bpe.encode(word, False).ids for word in self.tokens.values()]
+            return text_encoder.load(*where, name, self.loras, words)
+        loras = self.loras if name == "stage_c" else ()
+        return model.load(*where, name.split("/")[0], NETWORKS, loras)
+
     def file(self, name: str) -> Path:
         return find_file(self.folder, f"{name}_lite" if name in self.lite else name, self.dtypes[name])
 
-    def size(self, width: int | None, height: int | None) -> tuple[int, int]:
-        """Fills in None with the size in the Stage C file's metadata, which it was trained for, else with 1024."""
+    def size(self, width: int | None, height: int | None, control: str | None = None,
+             hint: OneImage | Tensor | None = None) -> tuple[int, int]:
+        """Fills in None with the size of the hint image, for super-resolution twice that, else with the size in the Stage C
+        file's metadata, which it was trained for, else with 1024."""
+        if (width is None or height is None) and hint is not None and not torch.is_tensor(hint):
+            factor = 2 if control == "super_resolution" else 1
+            hint_width, hint_height = load_image(hint).size
+            width = factor * hint_width if width is None else width
+            height = factor * hint_height if height is None else height
         if width is None or height is None:
             weights = Weights(self.file("stage_c"))
             with reading(weights.path, "a valid image size in the metadata"):
@@ -394,8 +471,10 @@ LIMITS = {
     "seed": (int, 0, 2 ** 32 - 1),                      # CPU generators use 32 bits
     "compression": (float, 4, 128),
     "steps": (int, 1, 1000), "decoder_steps": (int, 1, 1000), "prior_steps": (int, 0, 1000),
-    "guidance": (float, 0, 100), "decoder_guidance": (float, 0, 100), "strength": (float, 0, 1)}
-CHOICES = {"recipe": RECIPES, "output": OUTPUTS, "lite": LITE, "network": NETWORKS}
+    "guidance": (float, 0, 100), "decoder_guidance": (float, 0, 100), "strength": (float, 0, 1),
+    "control_strength": (float, 0, 100), "lora_strength": (float, -100, 100)}
+CHOICES = {"recipe": RECIPES, "output": OUTPUTS, "lite": LITE, "network": NETWORK_NAMES,
+           "control": CONTROLS}
 
 
 def check(**values):
@@ -426,6 +505,34 @@ def check_seeds(first, count):
     limit = LIMITS["seed"][2]
     require(last <= limit, f"seed: {count} images need seeds up to {last}, expected {limit} at most")
     return int(first)
+
+
+def check_control(control, hint, mask, init_image):
+    if control is not None:
+        check(control=control)
+    require((control is None) == (hint is None), "control, hint: expected both or neither")
+    masked_hint = control == "inpainting" and not torch.is_tensor(hint)
+    require(mask is not None or not masked_hint, "control inpainting: needs a mask")
+    require(mask is None or masked_hint or init_image is not None,
+            "mask: needs an init_image, or control inpainting with a hint image")
+
+
+def check_loras(loras):
+    valid = isinstance(loras, (list, tuple))
+    valid = valid and all(isinstance(lora, (list, tuple)) and len(lora) == 2 for lora in loras)
+    valid = valid and all(isinstance(file, (str, Path)) and str(file) for file, _ in loras)
+    require(valid, f"loras: expected a list of (file, strength), got {loras!r:.80}")
+    for _, strength in loras:
+        check(lora_strength=strength)
+    return list(loras)
+
+
+def check_tokens(tokens):
+    require(isinstance(tokens, dict), f"tokens: expected {{new token: word}}, got {tokens!r:.80}")
+    for token, word in tokens.items():
+        check_strings("tokens", [token, word])
+        require(token.strip() and word.strip(), f"tokens: expected text, got {token!r:.80}: {word!r:.80}")
+    return tokens
 
 
 def check_folder(folder):
@@ -574,6 +681,69 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
+def load_pixels(image, width, height, compression):
+    """An image, resized and cropped to width x height, at the size that the semantic encoder takes: (1, 3, 32 * Hc, 32 * Wc)
+    in [0, 1]."""
+    image = ImageOps.fit(load_image(image), (width, height), Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255  # (1, 3, H, W)
+    Hc, Wc = semantic_sides(width, height, compression)
+    return F.interpolate(pixels, (32 * Hc, 32 * Wc), mode="bilinear", antialias=True)
+
+
+def load_mask(mask, image, width, height):
+    """(1, 1, H, W), 1 where the mask is white and 0 elsewhere, cropped as its image is by load_pixels."""
+    size = (width, height) if torch.is_tensor(image) else load_image(image).size
+    mask = load_image(mask).convert("L")
+    require(mask.size == size, f"mask: expected the size of its image, {size[0]} x {size[1]}, "
+            f"got {mask.width} x {mask.height}")
+    mask = ImageOps.fit(mask, (width, height), Image.Resampling.BOX)
+    white = torch.from_numpy(np.array(mask) > 127)[None, None].float()
+    require(white.any(), "mask: expected white where to paint, got no white pixel")
+    return white
+
+
+def canny_hint(pixels):
+    """Pixels (1, 3, H, W) in [0, 1] -> their edges (1, 1, H, W), as the original: at 224 x 224 pixels, whatever the size."""
+    small = F.interpolate(pixels, (224, 224), mode="bilinear")
+    small = (small[0].permute(1, 2, 0) * 255).byte().numpy()  # (224, 224, 3)
+    edges = torch.from_numpy(canny(small))[None, None].float()  # (1, 1, 224, 224)
+    return F.interpolate(edges, pixels.shape[2:], mode="bilinear")
+
+
+def canny(image: np.ndarray, low: int = 100, high: int = 200) -> np.ndarray:
+    """The edges of an image (Canny, 1986): (H, W, 3), uint8 -> (H, W), bool. The same as those of OpenCV's cv2.Canny."""
+    padded = np.pad(image.astype(np.int64), ((1, 1), (1, 1), (0, 0)), "edge")
+    smooth = padded[:-2] + 2 * padded[1:-1] + padded[2:]  # Sobel
+    dx = smooth[:, 2:] - smooth[:, :-2]  # (H, W, 3)
+    smooth = padded[:, :-2] + 2 * padded[:, 1:-1] + padded[:, 2:]
+    dy = smooth[2:] - smooth[:-2]  # (H, W, 3)
+    strongest = (abs(dx) + abs(dy)).argmax(2, keepdims=True)  # the channel
+    dx = np.take_along_axis(dx, strongest, 2)[..., 0]  # (H, W)
+    dy = np.take_along_axis(dy, strongest, 2)[..., 0]  # (H, W)
+    m = np.pad(abs(dx) + abs(dy), 1)  # (H + 2, W + 2)
+    centre = m[1:-1, 1:-1]  # (H, W)
+
+    # ridges: larger than both neighbours in the direction of the gradient, which is one of four
+    horizontal = (centre > m[1:-1, :-2]) & (centre >= m[1:-1, 2:])
+    vertical = (centre > m[:-2, 1:-1]) & (centre >= m[2:, 1:-1])
+    falling = (centre > m[:-2, :-2]) & (centre > m[2:, 2:])
+    rising = (centre > m[:-2, 2:]) & (centre > m[2:, :-2])
+    x, y = abs(dx), abs(dy) << 15
+    tangent = 13573 * x  # of 22.5 degrees, in the same fixed point
+    ridge = np.where((dx < 0) == (dy < 0), falling, rising)
+    ridge = np.where(y > tangent + (x << 16), vertical, ridge)
+    ridge = np.where(y < tangent, horizontal, ridge) & (centre > low)  # (H, W)
+
+    # edges: the strong ridges, and all that are connected with them
+    edges, found = ridge & (centre > high), 0
+    while edges.sum() > found:
+        found = edges.sum()
+        grown = np.pad(edges, 1)
+        grown = grown[:-2] | grown[1:-1] | grown[2:]  # (H, W + 2)
+        edges = (grown[:, :-2] | grown[:, 1:-1] | grown[:, 2:]) & ridge  # (H, W)
+    return edges
+
+
 def to_pillow(pixels: np.ndarray) -> Image.Image:
     """(H, W, 3) in [0, 1] -> a PIL image."""
     return Image.fromarray((pixels * 255).round().astype(np.uint8))
@@ -612,15 +782,17 @@ def write_file(path: Path, data: bytes):
 # ---------------------------------------------------------------------------------------------------- the command
 SETUP = {"output", "weights", "lite", "device", "dtype", "traceback"}
 STAGE_C = {"negative", "width", "height", "compression", "images", "seed", "steps", "guidance", "recipe",
-           "lite_prior", "guidance_interval", "variation_image", "init_image", "strength"}
+           "lite_prior", "guidance_interval", "variation_image", "init_image", "strength", "control", "hint",
+           "mask", "control_strength", "lora", "token"}
 STAGE_B = {"decoder_steps", "decoder_guidance", "decoder_dtype", "lite_decoder"}
 MODES = {                                               # the options of each mode; it refuses the others
     "prompts": SETUP | STAGE_C | STAGE_B | {"prompts", "previews", "animate"},
     "prompt_file": SETUP | STAGE_C | STAGE_B | {"prompt_file", "overwrite"},
-    "latents": SETUP | STAGE_B | {"latents"},
+    "latents": SETUP | STAGE_B | {"latents", "lora", "token"},
     "reconstruct": SETUP | STAGE_B | {"reconstruct", "width", "height", "compression", "seed", "recipe"}}
 DEFAULTS = {"negative": "", "images": 1, "seed": 0, "steps": 20, "guidance": 4.0, "recipe": "diffusers",
-            "guidance_interval": [0.0, 1.0], "strength": 0.8, "decoder_steps": 10, "compression": COMPRESSION}
+            "guidance_interval": [0.0, 1.0], "strength": 0.8, "decoder_steps": 10, "compression": COMPRESSION,
+            "control_strength": 1.0}
 CHUNK = 100                                             # prompts of a file that pass through each stage together
 
 
@@ -644,6 +816,20 @@ def number(name):
     return convert
 
 
+def lora_and_strength(text):
+    file, _, strength = text.rpartition(":")
+    try:
+        return (file, float(strength)) if file else (text, 1.0)
+    except ValueError:
+        return text, 1.0
+
+
+def token_and_word(text):
+    token, _, word = text.rpartition("=")
+    require(token and word, f"--token: expected NEW=WORD, got {text!r:.80}")
+    return token, word
+
+
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Options that are not given are None."""
     parser = Parser(description=__doc__, allow_abbrev=False,
@@ -658,6 +844,16 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--variation-image", action="append", metavar="FILE", help="reference image (repeatable)")
     add("--init-image", metavar="FILE", help="image to image: the image to start from")
     add("--strength", type=number("strength"), help="how much --init-image changes (default: 0.8)")
+    add("--control", choices=CONTROLS, help="use this ControlNet; needs --hint")
+    add("--hint", metavar="FILE", help="the image that the ControlNet looks at")
+    add("--control-strength", type=number("control_strength"),
+        help="factor of the ControlNet's output (default: 1)")
+    add("--mask", metavar="FILE",
+        help="image, white where to paint, for --init-image or --control inpainting")
+    add("--lora", type=lora_and_strength, action="append", metavar="FILE[:STRENGTH]",
+        help="merge this LoRA into the weights (repeatable; default strength: 1)")
+    add("--token", type=token_and_word, action="append", metavar="NEW=WORD",
+        help="a new token of the LoRA, and the word that it starts from (repeatable)")
     add("--reconstruct", metavar="FILE", help="encode this image to a semantic latent, then decode")
     add("--previews", type=Path, metavar="FOLDER", help="save Stage C's prediction at each step")
     add("--animate", type=Path, metavar="FILE",
@@ -694,14 +890,20 @@ def settle(options):
     """Finds the mode, refuses options that it does not use, and fills in its defaults."""
     options.prompts = options.prompts or None
     modes = [name for name in MODES if getattr(options, name) is not None]
-    if not modes and (options.variation_image or options.init_image):
+    if not modes and (options.variation_image or options.init_image or options.hint):
         modes, options.prompts = ["prompts"], [""]
     require(len(modes) == 1, "expected exactly one of: prompts, --prompt-file, --latents, --reconstruct"
-            f", --variation-image, --init-image; got {' and '.join(map(option, modes)) or 'none'}")
+            ", --variation-image, --init-image, --hint; got "
+            f"{' and '.join(map(option, modes)) or 'none'}")
     mode, used = modes[0], MODES[modes[0]]
     require(options.init_image or options.strength is None, "--strength: needs --init-image")
     if not options.init_image:
         used = used - {"strength"}
+    if mode in ("prompts", "prompt_file"):
+        check_control(options.control, options.hint, options.mask, options.init_image)
+    if not options.control:
+        require(options.control_strength is None, "--control-strength: needs --control")
+        used = used - {"control_strength"}
     latents_only = options.output.suffix == ".safetensors"
     if latents_only:
         used = used - STAGE_B - {"animate"}
@@ -752,6 +954,12 @@ class Record:
     decoder_guidance: float | None
     networks: dict                                      # name -> file, device, type
     compression: float = COMPRESSION
+    control: str | None = None
+    hint: str | None = None
+    mask: str | None = None
+    control_strength: float | None = None
+    lora: list | None = None                            # [name of the file, strength]
+    token: list | None = None                           # [new token, word]
     version: int = 2
 
     @staticmethod
@@ -770,6 +978,8 @@ class Record:
             check_strings("prompts", record.prompts)
             names = [*(record.variation_image or []), *record.networks.values()]
             require(all(isinstance(name, str) for name in names), "expected the names of files")
+            check_loras(record.lora or [])
+            check_tokens(dict(record.token or []))
             return record
 
     @property
@@ -803,7 +1013,8 @@ def run(options):
     if options.device == "cuda" and world > 1:          # each process has a GPU of its own
         options.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     cascade = Cascade(options.weights, options.device, options.dtype, lite, options.decoder_dtype,
-                      keep=mode == "prompt_file", progress=True)
+                      keep=mode == "prompt_file", progress=True, loras=options.lora or [],
+                      tokens=dict(options.token or []))
     jobs = plan_latents(options, cascade) if mode == "latents" else plan(options, mode, cascade)
     check_outputs(options, [path for job in jobs for path in job.outputs])
     if mode == "prompt_file":
@@ -839,22 +1050,26 @@ def plan(options, mode, cascade):
     names = ["text_encoder", "effnet_encoder" if options.reconstruct else "stage_c"]
     if options.variation_image:
         names.append("image_encoder")
-    if options.init_image:
+    if options.init_image or options.control == "super_resolution":
         names.append("effnet_encoder")
+    if options.control:
+        names.append(f"controlnet/{options.control}")
     if options.output.suffix == ".png":
         names += ["stage_b", "stage_a"]
     if options.previews or options.animate:
         cascade.file("previewer")
     names_of_fields = [field.name for field in fields(Record)]
     values = {name: value for name, value in vars(options).items() if name in names_of_fields}
-    values["width"], values["height"] = cascade.size(options.width, options.height)
+    values["width"], values["height"] = cascade.size(
+        options.width, options.height, options.control, options.hint)
     values["networks"] = describe(cascade, names)
     values["prompts"] = options.prompts or [""]
     values["images"] = options.images or 1
-    for name in ("init_image", "reconstruct"):
+    for name in ("init_image", "reconstruct", "hint", "mask"):
         values[name] = Path(values[name]).name if values[name] else None
     if options.variation_image:
         values["variation_image"] = [Path(image).name for image in options.variation_image]
+    values |= lora_settings(options)
     base = Record(**values)
     if mode != "prompt_file":
         return [Job(base, output_paths(options.output, 0, len(base.prompts) * base.images))]
@@ -870,10 +1085,20 @@ def plan(options, mode, cascade):
     return jobs
 
 
+def lora_settings(options):
+    """The LoRAs and new tokens of a run, as its record holds them."""
+    loras = [[Path(file).name, strength] for file, strength in options.lora or []]
+    tokens = [list(pair) for pair in options.token or []]
+    return {"lora": loras or None, "token": tokens or None}
+
+
 def plan_latents(options, cascade):
     """The job of a run that starts from saved latents."""
     weights = Weights(options.latents)
     record = Record.read(options.latents, weights.metadata.get("cascade", "null"))
+    same = lora_settings(options) == {"lora": record.lora, "token": record.token}
+    require(same, f"--lora, --token: expected those that {options.latents} was made with: "
+            f"{record.lora or 'none'}, {record.token or 'none'}")
     latents = weights.tensor("latents")
     with reading(options.latents, "latents"):
         count = len(record.prompts) * record.images
@@ -903,7 +1128,8 @@ def output_paths(path, first, count, numbered=False):
 
 def check_outputs(options, paths):
     """Refuses, before the work, what could not be written after it or would overwrite something else."""
-    inputs = [options.prompt_file, options.latents, options.init_image, options.reconstruct]
+    inputs = [options.prompt_file, options.latents, options.init_image, options.reconstruct,
+              options.hint, options.mask]
     inputs = [os.path.realpath(path) for path in inputs + (options.variation_image or []) if path]
     if options.animate:
         paths = paths + [options.animate]
@@ -991,7 +1217,9 @@ def generate_latents(options, cascade, record, text, callback):
         images=record.images, seed=record.seed, steps=record.steps, guidance=record.guidance,
         recipe=record.recipe,
         variation_images=options.variation_image, init_image=options.init_image,
-        strength=record.strength or 0.0, interval=record.guidance_interval, callback=callback)
+        strength=record.strength or 0.0, interval=record.guidance_interval, callback=callback,
+        control=record.control, hint=options.hint, mask=options.mask,
+        control_strength=record.control_strength or 0.0)
 
 
 def decode_images(cascade, job, text, animation):

@@ -4,9 +4,11 @@
     StageA              a VQGAN: image latent <-> pixels, 4 times larger on each side
     SemanticEncoder     an EfficientNet-V2-S: pixels -> semantic latent, 42.67 times smaller on each side
     Previewer           semantic latent -> a small image, to preview Stage C's progress
+    ControlNet          edges, an image with a mask, or a semantic latent -> feature maps that are added inside Stage C
 
 `load(path)` opens the official file of any of them, in the original or the diffusers layout, and reads the network's
-sizes off its tensors. Module names are the checkpoint's, so loading is strict. What some of them mean:
+sizes off its tensors; `loras` are merged into them. Module names are the checkpoint's, so loading is strict. What some
+of them mean:
 
     effnet              the semantic latent, made by an EfficientNet; effnet_mapper adds it to Stage B's features
     pixels_mapper       adds an image to Stage B's features; unused: training fed zeros, and so do we
@@ -29,17 +31,19 @@ layers for that layout; `Linear` is nn.Linear, safe in fp16. They are at the end
 
 Sources: Pernias et al., Würstchen (2023), arXiv 2306.00637; the official files of stabilityai/stable-cascade;
 Woo et al., ConvNeXt V2 (2023), arXiv 2301.00808; Tan and Le, EfficientNetV2 (2021), arXiv 2104.00298; Rampas et al.,
-Paella (2022), arXiv 2211.07292 (Stage A).
+Paella (2022), arXiv 2211.07292 (Stage A); Zhang et al., ControlNet (2023), arXiv 2302.05543; Hu et al., LoRA (2021),
+arXiv 2106.09685; the original code of Stable Cascade.
 """
+import itertools
 import json
 import math
 import os
 import re
 import stat
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -74,6 +78,14 @@ def resize(x, size):
         return x
     y = F.interpolate(x.permute(0, 3, 1, 2).float(), size, mode="bilinear", align_corners=True)
     return y.permute(0, 2, 3, 1).to(x.dtype)
+
+
+def add_control(x, feature_map):
+    """Adds a ControlNet's feature map, resized to the grid, to the input of a residual block."""
+    if feature_map is None:
+        return x
+    feature_map = resize(feature_map.permute(0, 2, 3, 1), x.shape[1:3])
+    return x + feature_map  # (B, H, W, C)
 
 
 class ResidualBlock(nn.Module):
@@ -201,6 +213,15 @@ class UNetConfig:
     def is_stage_b(self):
         return self.semantic_channels > 0
 
+    @property
+    def residual_widths(self):
+        """The channels of every residual block, in the order they run."""
+        levels = zip(self.widths + self.widths[::-1], self.down + self.up, self.down_repeat + self.up_repeat)
+        widths = []
+        for width, letters, repeat in levels:
+            widths += [width] * (letters.count("R") * repeat)
+        return widths
+
 
 class UNet(nn.Module):
     """Stage B or Stage C: predicts the noise in a latent."""
@@ -302,7 +323,8 @@ class UNet(nn.Module):
     def forward(self, x: Tensor, r: Tensor, clip_text_pooled: Tensor,
                 clip_text: Tensor | None = None, clip_img: Tensor | None = None,
                 effnet: Tensor | None = None, pixels: Tensor | None = None,
-                sca: Tensor | None = None, crp: Tensor | None = None) -> Tensor:
+                sca: Tensor | None = None, crp: Tensor | None = None,
+                control: dict[int, Tensor] | None = None) -> Tensor:
         """Predicts the noise in a latent: eps, shaped like x (fp32 if the weights are fp16).
 
         x                   (B, 16, Hc, Wc) for Stage C; (B, 4, Hb, Wb), even sides, for Stage B
@@ -313,6 +335,8 @@ class UNet(nn.Module):
         effnet              (B, 16, Hc, Wc), the semantic latent; Stage B only; not added if None
         pixels              (B, 3, any height, any width) in [0, 1], an image; Stage B only; zeros if None
         sca, crp            (B,), further times; zeros if None
+        control             a ControlNet's output: {number of a residual block: (B or 1, C, any height, any width)}; each
+                            map is added before its block. Blocks are counted in the order they run
         """
         x = self.embedding(upcast_fp16(x))  # (B, H, W, C)
         t_emb = self.embed_time(r, sca, crp).to(x.dtype)
@@ -328,25 +352,28 @@ class UNet(nn.Module):
             x = x + resize(pixels, grid)  # (B, H, W, C)
 
         skips = []
+        numbers = itertools.count()  # of the residual blocks
         down = zip(self.down_blocks, self.down_downscalers, self.down_repeat_mappers)
         for blocks, downscale, mappers in down:
             x = downscale(x)
-            x = self._run_level(blocks, mappers, x, t_emb, cond)
+            x = self._run_level(blocks, mappers, x, t_emb, cond, None, control, numbers)
             skips.append(x)
         up = zip(self.up_blocks, self.up_upscalers, self.up_repeat_mappers)
         for blocks, upscale, mappers in up:
             skip = skips.pop()
             x = resize(x, skip.shape[1:3])  # odd sides were rounded down on the way down
-            x = self._run_level(blocks, mappers, x, t_emb, cond, skip)
+            x = self._run_level(blocks, mappers, x, t_emb, cond, skip, control, numbers)
             x = upscale(x)
         return self.clf(x)
 
     @staticmethod
-    def _run_level(blocks, mappers, x, t_emb, cond, skip=None):
+    def _run_level(blocks, mappers, x, t_emb, cond, skip, control, numbers):
         """Runs the blocks of a level, as often as it repeats, with a 1x1 convolution between the runs."""
         for mapper in [nn.Identity(), *mappers]:
             x = mapper(x)
             for block in blocks:
+                if control and isinstance(block, ResidualBlock):
+                    x = add_control(x, control.get(next(numbers)))
                 x = block(x, t_emb, cond, skip)
         return x
 
@@ -495,20 +522,27 @@ class MBConv(nn.Module):
         return x + y if self.residual else y
 
 
+def efficientnet(config, c_in=3):
+    """The backbone of the semantic encoder, and of a ControlNet that looks at images."""
+    backbone = nn.Sequential(conv_norm_act(c_in, config.stem, 3, stride=2))
+    if c_in != 3:
+        backbone[0][0].padding = (0, 0)  # as in the original; tensors do not tell
+    c = config.stem
+    for (fused, expansion, width, count), stride in zip(config.stages, STRIDES):
+        blocks = [MBConv(c, width, fused, expansion, stride)]
+        for _ in range(count - 1):
+            blocks.append(MBConv(width, width, fused, expansion, stride=1))
+        backbone.append(nn.Sequential(*blocks))
+        c = width
+    return backbone.append(conv_norm_act(c, config.head))
+
+
 class SemanticEncoder(nn.Module):
     """Pixels -> the semantic latent that Stage C learns to generate and that Stage B is conditioned on."""
     def __init__(self, config: SemanticEncoderConfig):
         super().__init__()
         self.config = config
-        self.backbone = nn.Sequential(conv_norm_act(3, config.stem, 3, stride=2))
-        c = config.stem
-        for (fused, expansion, width, count), stride in zip(config.stages, STRIDES):
-            blocks = [MBConv(c, width, fused, expansion, stride)]
-            for _ in range(count - 1):
-                blocks.append(MBConv(width, width, fused, expansion, stride=1))
-            self.backbone.append(nn.Sequential(*blocks))
-            c = width
-        self.backbone.append(conv_norm_act(c, config.head))
+        self.backbone = efficientnet(config)
         self.mapper = nn.Sequential(
             nn.Conv2d(config.head, config.latent_channels, 1, bias=False),
             nn.BatchNorm2d(config.latent_channels, affine=False))
@@ -550,6 +584,71 @@ class Previewer(nn.Module):
     def forward(self, latent: Tensor) -> Tensor:
         """(B, 16, H, W) -> pixels (B, 3, 8 * H, 8 * W), approximately in [0, 1], not clamped."""
         return self.blocks(latent)
+
+
+# ---------------------------------------------------------------------------------------------------- ControlNet
+CONTROL_BLOCKS = (0, 4, 8, 12, 51, 55, 59, 63)          # of the official ControlNets; their files do not say
+
+
+@dataclass(frozen=True)
+class ControlNetConfig:
+    hint_channels: int                          # 1: edges; 4: an image and a mask; 16: a semantic latent
+    encoder: SemanticEncoderConfig | None = None        # of a hint in pixels; None: the hint is a semantic latent
+    widths: tuple[int, int] = (16384, 1024)     # channels of the network for a semantic latent, and
+    depth: int = 8                              # its number of blocks
+    features: int = 1280
+    blocks: tuple[int, ...] = CONTROL_BLOCKS    # the residual blocks of Stage C that get a feature map
+    unet_width: int = 2048                      # Stage C's channels
+
+
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of (B, C, H, W). Unlike the UNets' it is affine, with an eps of 1e-5."""
+    def forward(self, x):
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class ControlBlock(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.blocks = nn.Sequential(
+            ChannelNorm(c), nn.GELU(), nn.Conv2d(c, c, 3, padding=1),
+            ChannelNorm(c), nn.GELU(), nn.Conv2d(c, c, 3, padding=1))
+
+    def forward(self, x):
+        return x + self.blocks(x)  # (B, C, H, W)
+
+
+class ControlNet(nn.Module):
+    """A hint -> feature maps for some of Stage C's residual blocks. It runs once, before sampling: it sees neither the noisy
+    latent nor the time nor the prompt."""
+    def __init__(self, config: ControlNetConfig):
+        super().__init__()
+        self.config = config
+        if config.encoder is None:
+            wide, c = config.widths
+            self.backbone = nn.Sequential(
+                nn.Conv2d(config.hint_channels, wide, 1), nn.LeakyReLU(0.2), nn.Conv2d(wide, c, 1))
+            for _ in range(config.depth):
+                self.backbone.append(ControlBlock(c))
+            self.backbone.append(nn.Conv2d(c, config.features, 1))
+        else:
+            self.backbone = efficientnet(config.encoder, config.hint_channels)
+        self.projections = nn.ModuleList()
+        for _ in config.blocks:
+            self.projections.append(nn.Sequential(
+                nn.Conv2d(config.features, config.features, 1, bias=False), nn.LeakyReLU(0.2),
+                nn.Conv2d(config.features, config.unet_width, 1, bias=False)))
+
+    def forward(self, hint: Tensor) -> dict[int, Tensor]:
+        """{number of the residual block: (B, unet_width, Hc, Wc)}
+
+        hint        (B, 1 or 4, 32 * Hc, 32 * Wc) in [0, 1], not normalised; or a semantic latent (B, 16, Hc, Wc)
+        """
+        features = self.backbone(hint)  # (B, C, Hc, Wc)
+        maps = {}
+        for block, projection in zip(self.config.blocks, self.projections):
+            maps[block] = projection(features)
+        return maps
 
 
 # ---------------------------------------------------------------------------------------------------- reading files
@@ -630,8 +729,9 @@ class Weights(dict):
     """A safetensors file as {official name: shape}, in any layout. Asking for a missing name is an error.
 
     prefix      of the names of one network in a packed file; it is removed from them
+    rename      False keeps the file's own names
     """
-    def __init__(self, path, prefix=""):
+    def __init__(self, path, prefix="", rename=True):
         self.path = Path(path)
         self.sources = {}       # official name -> the tensors in the file that, stacked, make it
         with reading(path, "a complete safetensors file, never a pickle (.pt, .ckpt, .bin)"):
@@ -640,7 +740,7 @@ class Weights(dict):
             slices = {name: self.file.get_slice(name) for name in self.file.keys()}
             is_stage_b = any(name.endswith("effnet_mapper.0.weight") for name in slices)
             for name in sorted(slices, key=qkv_order):
-                official = official_name(name)
+                official = official_name(name) if rename else name
                 if is_stage_b:
                     official = official.replace("clip_txt_pooled_mapper.", "clip_mapper.")
                 if official.startswith(prefix) and not official.endswith(UNUSED):
@@ -660,9 +760,9 @@ class Weights(dict):
     def __missing__(self, name):
         raise CascadeError(f"{self.path}: tensor {name} is missing")
 
-    def load_into(self, network, device, dtype):
-        """Gives the file's tensors to a network on the meta device. At most one copy of the weights is made, and none if
-        type and device stay the same: then the file is memory-mapped."""
+    def load_into(self, network, device, dtype, loras=()):
+        """Gives the file's tensors, changed by the LoRAs, to a network on the meta device. At most one copy of the weights
+        is made, and none if type and device stay the same: then the file is memory-mapped."""
         expected = network.state_dict()
         for name in {**expected, **self}:
             where = f"{self.path}: tensor {name}"
@@ -673,6 +773,11 @@ class Weights(dict):
             require(is_float == types.issubset(FLOAT_TYPES), f"{where}: expected fp32, bf16, fp16 or fp8 e4m3, "
                     f"got {', '.join(types)}; quantised files cannot be read")
         tensors = {name: self.tensor(name, device, dtype) for name in self}
+        for name in {name for lora in loras for name in lora.changes}:
+            weight = self.tensor(name, device, torch.float32).clone()
+            for lora in loras:
+                lora.change(name, weight)
+            tensors[name] = weight.to(tensors[name].dtype)
         network.load_state_dict(tensors, assign=True)
         return network.requires_grad_(False).eval()
 
@@ -761,7 +866,7 @@ def stage_a_config(weights: Weights) -> StageAConfig:
     return StageAConfig(tuple(widths), latent_channels, deep_blocks, codes, scale_factor)
 
 
-def semantic_encoder_config(weights: Weights) -> SemanticEncoderConfig:
+def efficientnet_config(weights: Weights) -> SemanticEncoderConfig:
     c = stem = weights["backbone.0.0.weight"][0]
     stages = []
     for i in range(1, 1 + len(STRIDES)):
@@ -772,13 +877,39 @@ def semantic_encoder_config(weights: Weights) -> SemanticEncoderConfig:
         count = len(weights.series(f"backbone.{i}.{{}}.block.0.0.weight"))
         stages.append((kernel == 3, hidden // c, width, count))
         c = width
-    latent_channels, head = weights["mapper.0.weight"][:2]
-    return SemanticEncoderConfig(stem, tuple(stages), head, latent_channels)
+    head = weights[f"backbone.{1 + len(STRIDES)}.0.weight"][0]
+    return SemanticEncoderConfig(stem, tuple(stages), head)
+
+
+def semantic_encoder_config(weights: Weights) -> SemanticEncoderConfig:
+    return replace(efficientnet_config(weights), latent_channels=weights["mapper.0.weight"][0])
 
 
 def previewer_config(weights: Weights) -> PreviewerConfig:
     norms = weights.series("blocks.{}.weight", start=2, step=6)  # one at each resolution
     return PreviewerConfig(tuple(shape[0] for shape in norms), weights["blocks.0.weight"][1])
+
+
+def controlnet_config(weights: Weights) -> ControlNetConfig:
+    projections = weights.series("projections.{}.2.weight")
+    if "blocks" in weights.metadata:
+        blocks = json.loads(weights.metadata["blocks"])
+        valid = isinstance(blocks, list) and all(type(block) is int for block in blocks)
+        require(valid and len(set(blocks)) == len(projections),
+                f"metadata: blocks: expected {len(projections)} numbers, got {blocks!r:.80}")
+    else:
+        blocks = CONTROL_BLOCKS
+        require(len(projections) == len(blocks), f"{len(projections)} projections: expected 8, or metadata that "
+                "say which residual blocks they are for: \"blocks\", a JSON list")
+    unet_width, features = projections[0][:2]
+    if "backbone.0.0.weight" in weights:
+        encoder = efficientnet_config(weights)
+        return ControlNetConfig(weights["backbone.0.0.weight"][1], encoder, features=features,
+                                blocks=tuple(blocks), unet_width=unet_width)
+    wide, hint_channels = weights["backbone.0.weight"][:2]
+    widths = (wide, weights["backbone.2.weight"][0])
+    depth = len(weights.series("backbone.{}.blocks.0.weight", start=3))
+    return ControlNetConfig(hint_channels, None, widths, depth, features, tuple(blocks), unet_width)
 
 
 # {name: (a tensor that no other network has, class, function that reads its config)}
@@ -787,16 +918,19 @@ NETWORKS = {
     "stage_c": ("clip_txt_mapper.weight", UNet, unet_config),
     "stage_a": ("vquantizer.codebook.weight", StageA, stage_a_config),
     "effnet_encoder": ("mapper.0.weight", SemanticEncoder, semantic_encoder_config),
-    "previewer": ("blocks.0.weight", Previewer, previewer_config)}
+    "previewer": ("blocks.0.weight", Previewer, previewer_config),
+    "controlnet": ("projections.0.0.weight", ControlNet, controlnet_config)}
 
 
 def load(path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
-         expect: str | None = None, networks: dict = NETWORKS) -> nn.Module:
+         expect: str | None = None, networks: dict = NETWORKS,
+         loras: Sequence[tuple[str | Path, float]] = ()) -> nn.Module:
     """Loads a network of an official file, in the original, the diffusers or ComfyUI's layout, ready to run.
 
     dtype       of the weights; None keeps the file's
     expect      the name of the network; a file without it is an error, and one with several needs it
     networks    the networks that the file may hold; text_encoder.py has its own
+    loras       LoRA files and their strengths, merged into the weights; for Stage C and the text encoder
     """
     weights, found = Weights(path), {}                  # found: name -> prefix
     for name, (marker, _, _) in networks.items():
@@ -811,7 +945,112 @@ def load(path, device: torch.device | str = "cpu", dtype: torch.dtype | None = N
         config = read_config(weights)
         with torch.device("meta"):
             network = network_class(config)
-    return weights.load_into(network, device, dtype)
+    require(not loras or name in ("stage_c", "text_encoder"), f"{path}: a {name} takes no LoRA")
+    changes = [Lora(file, strength, network) for file, strength in loras]
+    return weights.load_into(network, device, dtype, changes)
+
+
+# ---------------------------------------------------------------------------------------------------- LoRA
+# In a LoRA file a layer is named by a prefix and its path in the network, with "_" or "." between the parts, as in
+# lora_unet_up_blocks_0_2_kv_mapper_1.lora_up.weight. Layers are compared without the prefix and with "_".
+LORA_PREFIXES = (
+    "lora_unet_", "lora_te_",                                       # kohya; OneTrainer since 2026
+    "lora_prior_unet_", "lora_prior_prior_", "lora_prior_te_",      # OneTrainer since 2024
+    "prior_", "text_encoder_", "diffusion_model_")                  # diffusers' style, ComfyUI
+LORA_PARTS = {
+    ".lora_down.weight": "down", ".lora_up.weight": "up", ".alpha": "alpha",
+    ".lora_A.weight": "down", ".lora_B.weight": "up", ".lora_down": "down", ".lora_up": "up",
+    "_lora.down.weight": "down", "_lora.up.weight": "up"}
+# Names for the layers of an attention block; ours; the third of the stacked rows that is meant, None for all.
+LORA_ATTENTION = (
+    ("attention_(attn_)?(to_out|to_out_0|to_out_proj)", "attention_attn_out_proj", None),
+    ("attention_attn_in_proj", "attention_attn_in_proj_weight", None),
+    ("attention_(attn_)?(to_q|in_proj_0)", "attention_attn_in_proj_weight", 0),
+    ("attention_(attn_)?(to_k|in_proj_1)", "attention_attn_in_proj_weight", 1),
+    ("attention_(attn_)?(to_v|in_proj_2)", "attention_attn_in_proj_weight", 2))
+LORA_TOKENS = ("embeddings.embeddings", "embeddings.indices")       # see text_encoder.add_tokens
+
+
+class Lora:
+    """What a LoRA file adds to a network's weights: strength * alpha / rank * up @ down (Hu et al., 2021, section 4.1).
+    The layers of Stage C and those of the text encoder may be in one file; each network leaves the other's alone."""
+    def __init__(self, path, strength: float, network: nn.Module):
+        self.strength = strength
+        self.weights = Weights(path, rename=False)
+        self.changes = {}       # name of a weight -> [(third of its rows, names of the tensors down and up, alpha)]
+        require(self.weights, f"{path}: expected a LoRA, got no tensors")
+        state = network.state_dict()
+        names = self._names_of_layers(state)
+        found = {}              # (layer, third) -> {"down", "up", "alpha": name of the tensor}
+        for tensor in self.weights:
+            if tensor not in LORA_TOKENS:
+                layer, third, part = self._parse(tensor)
+                is_text = layer.startswith("text_")
+                if is_text == ("text_projection" in names):
+                    require(layer in names, f"{path}: {tensor}: Stage C and the text encoder have no such layer")
+                    found.setdefault((layer, third), {})[part] = tensor
+        for (layer, third), parts in found.items():
+            name = names[layer]
+            change = self._read_layer(layer, third, parts, state[name].shape)
+            self.changes.setdefault(name, []).append(change)
+
+    @staticmethod
+    def _names_of_layers(state):
+        """{layer: name of its weight}. The original's files number the layers, two for every attention block."""
+        names, numbered = {}, []
+        for name, tensor in state.items():
+            if tensor.dim() > 1:
+                names[name.removesuffix(".weight").replace(".", "_")] = name
+            if name.endswith(".attention.attn.out_proj.weight"):
+                numbered += [name, name.replace("out_proj.weight", "in_proj_weight")]
+        for i, name in enumerate(numbered):
+            names[f"weights_{i}"] = name
+        return names
+
+    def _parse(self, tensor):
+        """lora_unet_up_blocks_0_2_attention_attn_to_q.alpha: the layer up_blocks_0_2_attention_attn_in_proj_weight, its
+        third 0, its part alpha."""
+        suffix = next((suffix for suffix in LORA_PARTS if tensor.endswith(suffix)), None)
+        require(suffix, f"{self.weights.path}: {tensor}: expected a LoRA, whose tensors are named such as "
+                "LAYER.lora_up.weight, LAYER.lora_down.weight, LAYER.alpha")
+        layer = tensor.removesuffix(suffix).replace(".", "_")
+        for prefix in LORA_PREFIXES:
+            layer = layer.removeprefix(prefix)
+        for pattern, ours, third in LORA_ATTENTION:
+            if re.search(f"{pattern}$", layer):
+                return re.sub(f"{pattern}$", ours, layer), third, LORA_PARTS[suffix]
+        return layer, None, LORA_PARTS[suffix]
+
+    def _read_layer(self, layer, third, parts, shape):
+        where = f"{self.weights.path}: {layer}"
+        require("down" in parts and "up" in parts, f"{where}: expected both lora_down and lora_up")
+        down, up = self.weights[parts["down"]], self.weights[parts["up"]]
+        rows = shape[0] if third is None else shape[0] // 3
+        rank, columns = down[0], math.prod(down[1:])
+        fits = rank > 0 and (up[0], math.prod(up[1:])) == (rows, rank)
+        fits = fits and columns in (shape[1], math.prod(shape[1:]))
+        require(fits, f"{where}: expected lora_up ({rows}, rank) and lora_down (rank, {shape[1]}), "
+                f"got {up} and {down}")
+        alpha = 1 if layer.startswith("weights_") else rank
+        if "alpha" in parts:
+            require(math.prod(self.weights[parts["alpha"]]) == 1, f"{where}: expected one alpha")
+            alpha = self.weights.tensor(parts["alpha"]).item()
+        types = {kind for tensor in parts.values() for kind in self.weights.types[tensor]}
+        require(types.issubset(FLOAT_TYPES), f"{where}: expected fp32, bf16 or fp16, got {types}")
+        return third, parts["down"], parts["up"], alpha
+
+    def change(self, name, weight):
+        """Changes a weight, fp32, in place."""
+        for third, down, up, alpha in self.changes.get(name, []):
+            down = self.weights.tensor(down, weight.device, torch.float32).flatten(1)
+            up = self.weights.tensor(up, weight.device, torch.float32).flatten(1)
+            delta = self.strength * alpha / len(down) * (up @ down)
+            require(delta.isfinite().all(), f"{self.weights.path}: its change of {name} is not finite")
+            rows = weight if third is None else weight.chunk(3)[third]
+            if delta.numel() == rows.numel():
+                rows += delta.view_as(rows)
+            else:  # a k x k convolution: one number for all its taps
+                rows += delta[..., None, None]
 
 
 # ---------------------------------------------------------------------------------------------------- plumbing

@@ -12,11 +12,12 @@ and "lcm" (for networks distilled to few steps). The letters in shape comments a
 Sources: Ho et al., DDPM (2020), arXiv 2006.11239; Nichol and Dhariwal, the cosine schedule (2021), arXiv 2102.09672;
 Ho and Salimans, classifier-free guidance (2022), arXiv 2207.12598; Lin et al., guidance rescale (2023), arXiv
 2305.08891; Kynkäänniemi et al., guidance in an interval (2024), arXiv 2404.07724; Luo et al., LCM (2023), arXiv
-2310.04378; the original code of Stable Cascade.
+2310.04378; Lugmayr et al., RePaint (2022), arXiv 2201.09865; the original code of Stable Cascade.
 """
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -61,6 +62,11 @@ def noise_levels(t: Tensor, shift: float | None) -> tuple[Tensor, Tensor]:
 
 
 # ---------------------------------------------------------------------------------------------------- one step
+def add_noise(x0: Tensor, noise: Tensor, a: Tensor) -> Tensor:
+    """A latent at noise level a: DDPM, eq. 4."""
+    return a.sqrt() * x0 + (1 - a).sqrt() * noise
+
+
 def predict_x0(x: Tensor, eps: Tensor, a: Tensor) -> Tensor:
     """Knowing eps means knowing x0: DDPM, eq. 4, solved for x0."""
     return (x - (1 - a).sqrt() * eps) / a.sqrt()
@@ -128,7 +134,8 @@ def draw_noise(noise_generators: list[torch.Generator], shape: tuple, device) ->
 
 def sample(unet, shape: tuple, condition: dict[str, Tensor], steps: int | list[float], guidance: float,
            noise_generators: list[torch.Generator], recipe: Recipe = Recipe(),
-           init_latent: Tensor | None = None, strength: float = 1.0) -> Iterator[tuple[Tensor, Tensor]]:
+           init_latent: Tensor | None = None, strength: float = 1.0, mask: Tensor | None = None,
+           control: dict[int, Tensor] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
     """Denoise N latents. Yields (x, x0) after every step: the latents and the predicted clean latents, (N, *shape) each,
     fp32.
 
@@ -140,9 +147,14 @@ def sample(unet, shape: tuple, condition: dict[str, Tensor], steps: int | list[f
     guidance            guidance scale; no guidance if <= 1
     noise_generators    N generators; each draws once for the initial noise and once per step
     init_latent         (N or 1, *shape), image to image: start from this latent, noised to t = strength
+    mask                (1, 1, H, W), bool, latent inpainting: only where it is True does the initial latent change
+    control             a ControlNet's output, the same in every step and in all rows
     """
     weight = next(unet.parameters())  # its device and type are the network's
     condition = {name: value.to(weight) for name, value in condition.items()}
+    if control is not None:
+        control = {block: value.to(weight) for block, value in control.items()}
+        unet = partial(unet, control=control)
     low, high = recipe.interval
     t = timesteps(steps, strength)
     steps = len(t) - 1
@@ -150,7 +162,10 @@ def sample(unet, shape: tuple, condition: dict[str, Tensor], steps: int | list[f
     a, r = a.to(weight.device), r.to(weight.device)
     x = draw_noise(noise_generators, shape, weight.device)                      # (N, C, H, W)
     if init_latent is not None:
-        x = a[0].sqrt() * init_latent.to(x) + (1 - a[0]).sqrt() * x
+        init_latent = init_latent.to(x)
+        x = add_noise(init_latent, x, a[0])
+    if mask is not None:
+        mask = mask.to(weight.device)
 
     for i in range(steps):
         guided = guidance > 1 and low <= t[i] <= high
@@ -165,4 +180,7 @@ def sample(unet, shape: tuple, condition: dict[str, Tensor], steps: int | list[f
         if i == steps - 1:
             noise = torch.zeros_like(noise)
         x = recipe.step(x, eps, noise, a[i], a[i + 1])
+        if mask is not None:                                                # latent inpainting: RePaint, eq. 8
+            x0 = torch.where(mask, x0, init_latent)
+            x = torch.where(mask, x, add_noise(init_latent, noise, a[i + 1]))
         yield x, x0

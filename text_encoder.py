@@ -14,8 +14,8 @@ Sources: Radford et al., CLIP (2021), arXiv 2103.00020; the files of stabilityai
 import json
 import math
 import warnings
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ from tokenizers import Tokenizer as BytePairTokenizer
 from torch import Tensor, nn
 
 import model
-from model import Weights, exists, multi_head_attention, reading, require
+from model import LORA_TOKENS, Weights, exists, multi_head_attention, reading, require
 
 LENGTH = 77                                             # tokens of a prompt, start and end included
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -91,10 +91,15 @@ def agrees(setting, clip):
 
 
 class Tokenizer:
-    """Prompts -> ids and mask, (B, L) int64 each; L = length is the text encoder's, officially 77."""
-    def __init__(self, folder, length: int = LENGTH):
+    """Prompts -> ids and mask, (B, L) int64 each; L = length is the text encoder's, officially 77. Each of `tokens`, such as
+    "[fernando]", is read as one token wherever it stands; their ids follow those of the vocabulary."""
+    def __init__(self, folder, length: int = LENGTH, tokens: Sequence[str] = ()):
         self.bpe = read_tokenizer(Path(folder))
         self.end = self.bpe.token_to_id(END)
+        for token in tokens:
+            is_new = self.bpe.token_to_id(token) is None
+            require(is_new, f"tokens: {token!r:.80} is in the vocabulary already")
+            self.bpe.add_tokens([token])
         self.bpe.enable_truncation(length)
         self.bpe.enable_padding(length=length, pad_id=self.end, pad_token=END)
 
@@ -292,4 +297,47 @@ NETWORKS = {
     "text_encoder": ("text_model.embeddings.token_embedding.weight", TextEncoder, text_config),
     "image_encoder": ("vision_model.embeddings.class_embedding", ImageEncoder, image_config)}
 
-load = partial(model.load, networks=NETWORKS)           # model.load with these two networks
+
+def load(path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
+         expect: str | None = None, loras: Sequence[tuple[str | Path, float]] = (),
+         tokens: Sequence[list[int]] = ()) -> nn.Module:
+    """model.load with these two networks. LoRA files may also train tokens; `tokens` holds, for each new one in their order,
+    the ids of the word that it starts from, which the files do not hold."""
+    network = model.load(path, device, dtype, expect, NETWORKS, loras)
+    if isinstance(network, TextEncoder) and (loras or tokens):
+        add_tokens(network, Weights(path), loras, tokens)
+    return network
+
+
+def add_tokens(encoder: TextEncoder, weights: Weights, loras, tokens):
+    """Changes the token embeddings as the original's LoRA files say: `embeddings.embeddings` is added to the rows
+    `embeddings.indices`. Rows after the vocabulary are new; they start as the mean of a word's rows."""
+    embedding = encoder.text_model.embeddings.token_embedding
+    vocabulary, width = embedding.weight.shape
+    name = "text_model.embeddings.token_embedding.weight"
+    before = weights.tensor(name, embedding.weight.device, torch.float32)
+    after = before.clone()
+    new_rows = []
+    for path, strength in loras:
+        lora = Weights(path, rename=False)
+        if LORA_TOKENS[0] not in lora:
+            continue
+        changes, indices = (lora.tensor(name, before.device) for name in LORA_TOKENS)
+        fits = indices.dim() == 1 and indices.dtype == torch.int64 and (indices >= 0).all()
+        fits = fits and changes.shape == (*indices.shape, width)
+        require(fits, f"{path}: expected embeddings (n, {width}) and n indices, got "
+                f"{tuple(changes.shape)} and {tuple(indices.shape)}")
+        for i in indices.argsort().tolist():
+            change = strength * changes[i].float()
+            if indices[i] < vocabulary:
+                after[indices[i]] += change
+            else:
+                require(len(new_rows) < len(tokens), f"{path}: has a new token; give its name and the "
+                        "word that it starts from, with --token '[new]=word' or tokens={'[new]': 'word'}")
+                word = tokens[len(new_rows)]
+                new_rows.append(before[word].mean(dim=0, keepdim=True) + change)
+    count = len(new_rows)
+    require(len(tokens) == count, f"tokens: the LoRA files have {count} new ones, got {len(tokens)}")
+    table = torch.cat([after, *new_rows]).to(embedding.weight.dtype)
+    encoder.text_model.embeddings.token_embedding = nn.Embedding.from_pretrained(table)
+    encoder.config = replace(encoder.config, vocabulary=len(table))

@@ -3,9 +3,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from model import (Previewer, PreviewerConfig, SemanticEncoder, SemanticEncoderConfig, StageA,
+from model import (ControlNet, ControlNetConfig, Previewer, PreviewerConfig, SemanticEncoder, SemanticEncoderConfig, StageA,
                    StageAConfig, UNet, UNetConfig)
 from text_encoder import ImageConfig, ImageEncoder, TextConfig, TextEncoder
 
@@ -30,7 +31,10 @@ OFFICIAL = {
     **{name: (UNet, config) for name, config in UNETS.items()}, "stage_a": (StageA, StageAConfig()),
     "effnet_encoder": (SemanticEncoder, SemanticEncoderConfig()),
     "previewer": (Previewer, PreviewerConfig()), "text_encoder": (TextEncoder, TextConfig()),
-    "image_encoder": (ImageEncoder, ImageConfig())}
+    "image_encoder": (ImageEncoder, ImageConfig()),
+    "controlnet_canny": (ControlNet, ControlNetConfig(1, SemanticEncoderConfig())),
+    "controlnet_inpainting": (ControlNet, ControlNetConfig(4, SemanticEncoderConfig())),
+    "controlnet_super_resolution": (ControlNet, ControlNetConfig(16))}
 
 
 def on_meta(network_class, config):
@@ -58,6 +62,21 @@ def golden(name):
         {key.removeprefix(side): tensor for key, tensor in tensors.items() if key.startswith(side)}
         for side in ("in.", "out."))
     return inputs, outputs, tensors.get("weights")
+
+
+def original(name, folder):
+    """Numbers of the original code (tests/README.md): the path of a file with the network's weights, the inputs, and the
+    outputs."""
+    path = TESTS / "original" / f"{name}.safetensors"
+    tensors = load_file(path)
+    inputs, outputs, weights = (
+        {key.removeprefix(side): tensor for key, tensor in tensors.items() if key.startswith(side)}
+        for side in ("in.", "out.", "weights."))
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    file = Path(folder) / f"{name}.safetensors"
+    save_file(weights, file, metadata)
+    return file, inputs, outputs
 
 
 # ------------------------------------------------------------------------------ inputs and errors

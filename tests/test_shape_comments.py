@@ -20,10 +20,12 @@ import pytest
 import torch
 from helpers import ROOT, noise, unet_inputs
 from PIL import Image
-from tiny import IMAGE, PREVIEWER, STAGE_A, STAGE_B, STAGE_C, TEXT, networks, write_folder
+from tiny import (CONTROLNETS, IMAGE, PREVIEWER, STAGE_A, STAGE_B, STAGE_C, TEXT, networks, randomise,
+                  write_controlnets, write_folder)
 
 import model
-from cascade import Animation, Cascade, show_previews
+from cascade import CONTROLS, Animation, Cascade, show_previews
+from model import ControlNet
 from sampler import RECIPES
 
 FILES = [str(ROOT / f"{name}.py") for name in ("model", "sampler", "text_encoder", "cascade")]
@@ -199,6 +201,10 @@ def run_networks():
     tiny["stage_a"].decode(noise(3, 4, 5, 7))
     tiny["stage_a"].quantise(noise(3, 4, 5, 7))
     tiny["effnet_encoder"](noise(3, 3, 32 * 5, 32 * 7))
+    for kind, channels, side in ("canny", 1, 32), ("super_resolution", 16, 1):
+        hint = noise(3, channels, 5 * side, 7 * side)
+        maps = randomise(ControlNet(CONTROLNETS[kind]), 0)(hint)
+        tiny["stage_c"](**unet_inputs(STAGE_C, rows=3, height=4, width=6), control=maps)
     tiny["previewer"](noise(3, PREVIEWER.latent_channels, 5, 7))
     tiny["text_encoder"](torch.randint(0, 519, (3, 11)), torch.ones(3, 11))
     tiny["image_encoder"](noise(3, 3, IMAGE.side, IMAGE.side))
@@ -215,6 +221,10 @@ def run_pipeline(folder):
     for init_image in (latent, latent.expand(6, -1, -1, -1)):
         latents = cascade.prior(text, steps=2, images=2, init_image=init_image, **size)
     cascade.decode(latents, text, steps=1, output="latent", callback=animation.add_image_latents, **size)
+    write_controlnets(folder / "weights")
+    mask = Image.new("L", image.size, "white")
+    for control in CONTROLS:
+        cascade.prior(text, steps=1, control=control, hint=image, init_image=image, mask=mask, strength=1.0, **size)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 
 import text_encoder
-from model import (Previewer, PreviewerConfig, SemanticEncoder, SemanticEncoderConfig, StageA,
+from model import (ControlNet, ControlNetConfig, Previewer, PreviewerConfig, SemanticEncoder, SemanticEncoderConfig, StageA,
                    StageAConfig, UNet, UNetConfig)
 from text_encoder import ImageConfig, ImageEncoder, TextConfig, TextEncoder
 
@@ -32,6 +32,10 @@ NETWORKS = {
     "stage_c": (UNet, STAGE_C), "stage_b": (UNet, STAGE_B), "stage_a": (StageA, STAGE_A),
     "effnet_encoder": (SemanticEncoder, ENCODER), "previewer": (Previewer, PREVIEWER),
     "text_encoder": (TextEncoder, TEXT), "image_encoder": (ImageEncoder, IMAGE)}
+CONTROL = {"features": 40, "blocks": (0, 7, 8), "unet_width": 64}  # the first and the last two residual blocks
+CONTROLNETS = {
+    "canny": ControlNetConfig(1, ENCODER, **CONTROL), "inpainting": ControlNetConfig(4, ENCODER, **CONTROL),
+    "super_resolution": ControlNetConfig(16, None, (24, 16), 2, **CONTROL)}
 
 
 @torch.no_grad()
@@ -95,6 +99,13 @@ def write_folder(folder, seed=0, dtype=torch.float32):
         metadata = {"width": "128", "height": "128"} if name == "stage_c" else None
         save(network.state_dict(), folder / file_name(name), dtype, metadata)
     return folder
+
+
+def write_controlnets(folder, seed=0):
+    for kind, config in CONTROLNETS.items():
+        network = randomise(ControlNet(config), seed)
+        metadata = {"blocks": json.dumps(config.blocks)}
+        save(network.state_dict(), Path(folder) / f"controlnet/{kind}.safetensors", metadata=metadata)
 
 
 def to_diffusers(state):
