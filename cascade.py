@@ -32,7 +32,6 @@ import itertools
 import json
 import math
 import numbers
-import operator
 import os
 import sys
 import traceback
@@ -291,7 +290,7 @@ class Cascade:
         for i, (x, x0) in enumerate(progress, start=1):
             finite.append(x.isfinite().all())
             if i == steps or callback or self.device.type == "cpu":  # elsewhere reading it waits for the device
-                failed = 1 + int(torch.stack(finite).int().argmin())
+                failed = 1 + int(torch.stack(finite).int().argmin())  # the first step that is not
                 self.check_finite(name, x, f" after step {failed} of {steps}")
             if callback:
                 callback(i, x0)
@@ -486,8 +485,8 @@ def check(**values):
             valid = valid and len(value) == 2 and 0 <= value[0] <= value[1] <= 1
         elif name in ("steps", "decoder_steps") and isinstance(value, list):
             expected = "at least two times that fall, from 1 at most to 0 at least"
-            valid = all(isinstance(t, numbers.Real) for t in value) and len(value) > 1
-            valid = valid and 1 >= value[0] and all(map(operator.gt, value, value[1:])) and value[-1] >= 0
+            valid = len(value) > 1 and all(isinstance(t, numbers.Real) and 0 <= t <= 1 for t in value)
+            valid = valid and value == sorted(set(value), reverse=True)
         elif name in CHOICES:
             expected = f"one of {', '.join(map(str, CHOICES[name]))}"
             valid = isinstance(value, (str, bool)) and value in CHOICES[name]
@@ -641,8 +640,8 @@ def find_file(folder, name, dtype):
         if exists(path):
             return path
     files = " or ".join(f"{place}.safetensors" for place in places)
-    raise CascadeError(f"{folder}: {name} is missing (expected {files}, or with .bf16, _bf16, .fp16 or _fp16); "
-                       "see 'Official weights' in README.md")
+    raise CascadeError(f"{folder}: {name} is missing (expected {files}, or with .bf16, _bf16, .fp16 "
+                       "or _fp16); see 'Official weights' in README.md")
 
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
@@ -791,8 +790,8 @@ MODES = {                                               # the options of each mo
     "latents": SETUP | STAGE_B | {"latents", "lora", "token"},
     "reconstruct": SETUP | STAGE_B | {"reconstruct", "width", "height", "compression", "seed", "recipe"}}
 DEFAULTS = {"negative": "", "images": 1, "seed": 0, "steps": 20, "guidance": 4.0, "recipe": "diffusers",
-            "guidance_interval": [0.0, 1.0], "strength": 0.8, "decoder_steps": 10, "compression": COMPRESSION,
-            "control_strength": 1.0}
+            "guidance_interval": [0.0, 1.0], "strength": 0.8, "decoder_steps": 10,
+            "compression": COMPRESSION, "control_strength": 1.0}
 CHUNK = 100                                             # prompts of a file that pass through each stage together
 
 
@@ -862,7 +861,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--width", type=number("width"), help="in pixels (default: the size trained for)")
     add("--height", type=number("height"), help="in pixels (default: the size trained for)")
     add("--compression", type=number("compression"),
-        help="pixels per position of the semantic latent; up to 64 for large images (default: 42.67)")
+        help="image size / semantic latent's size; up to 64 for large images (default: 42.67)")
     add("--images", type=number("images"), help="images per prompt (default: 1)")
     add("--seed", type=number("seed"), help="of the first image; image i has seed + i (default: 0)")
     add("--steps", type=number("steps"), help="denoising steps of Stage C (default: 20)")
@@ -1226,8 +1225,8 @@ def decode_images(cascade, job, text, animation):
     record = job.record
     images = cascade.decode(
         job.latents, text, width=record.width, height=record.height, compression=record.compression,
-        seed=record.seed, steps=record.decoder_steps, guidance=record.decoder_guidance, recipe=record.recipe,
-        prior_steps=record.prior_steps, output="np",
+        seed=record.seed, steps=record.decoder_steps, guidance=record.decoder_guidance,
+        recipe=record.recipe, prior_steps=record.prior_steps, output="np",
         callback=animation.add_image_latents if animation else None)
     for i, (image, path) in enumerate(zip(images, job.outputs)):
         write_file(path, png(to_pillow(image), record.texts(i)))

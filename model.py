@@ -716,8 +716,8 @@ def official_name(name):
         name = name.replace(theirs, ours)
     if name.endswith("text_projection"):
         name += ".weight"
-    # some text encoders lack the level `text_model`
-    return re.sub(r"^(text_encoder\.)?(embeddings|encoder|final_layer_norm)\.", r"\1text_model.\2.", name)
+    lacks_level = r"^(text_encoder\.)?(embeddings|encoder|final_layer_norm)\."
+    return re.sub(lacks_level, r"\1text_model.\2.", name)
 
 
 def is_transposed(name):

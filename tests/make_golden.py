@@ -81,7 +81,7 @@ def scheduler(_):
 def pipeline(_):
     """Two prompts, guidance on both stages: Stage B's latents, and every fourth pixel of the images."""
     with tempfile.TemporaryDirectory() as folder:
-        peer = combined_pipeline(Cascade(write_folder(folder, seed=0)))
+        peer = combined_pipeline(Cascade(write_folder(folder, seed=0), "cpu"))
     latents, pixels = (
         peer(prompt=["a red circle", "three stars"], negative_prompt=["blue", "a wall"], width=128, height=128,
              prior_num_inference_steps=4, num_inference_steps=3, decoder_guidance_scale=1.5,

@@ -193,6 +193,7 @@ def start(*arguments):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
 @pytest.mark.parametrize("number, status, word", [
     (signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")], ids=["INT", "TERM"])
 def test_a_signal_ends_the_run_in_one_line_and_leaves_nothing(place, folder, number, status, word):

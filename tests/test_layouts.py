@@ -5,13 +5,11 @@ from commands import refused
 from safetensors.torch import load_file, save_file
 from tiny import file_name, write_tokenizer
 
-from cascade import NETWORKS, Cascade
+from cascade import NETWORKS, PACKED, Cascade
 from model import CascadeError, load
 
 PREFIX = {"stage_c": "model.diffusion_model.", "stage_b": "model.diffusion_model.", "stage_a": "vae.",
           "effnet_encoder": "vae.encoder.", "previewer": "vae.previewer.", "image_encoder": "clip_l_vision."}
-PACKED = {"stable_cascade_stage_c": ("stage_c", "effnet_encoder", "previewer", "text_encoder", "image_encoder"),
-          "stable_cascade_stage_b": ("stage_b", "stage_a", "text_encoder")}
 TEXTS = ["text_encoder.", "text_encoder.transformer.", "text_encoder.clip_g.transformer."]
 FEW = {"steps": 1, "decoder_steps": 1, "width": 64, "height": 64, "output": "pt", "variation_images": torch.ones(1, 24)}
 
