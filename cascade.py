@@ -403,8 +403,11 @@ class Cascade:
     def _load(self, name):
         where = self.file(name), self.device, self.dtypes[name]
         if name == "text_encoder":
-            bpe = text_encoder.read_tokenizer(self.folder / "tokenizer") if self.tokens else None
-            words = [bpe.encode(word, False).ids for word in self.tokens.values()]
+            words = []
+            if self.tokens:
+                bpe = text_encoder.read_tokenizer(self.folder / "tokenizer")
+                for word in self.tokens.values():
+                    words.append(bpe.encode(word, add_special_tokens=False).ids)
             return text_encoder.load(*where, name, self.loras, words)
         loras = self.loras if name == "stage_c" else ()
         return model.load(*where, name.split("/")[0], NETWORKS, loras)
