@@ -196,7 +196,7 @@ def test_wrong_options_are_refused_by_name(controlled, folder, images, arguments
 HINT = torch.zeros(1, 1, 64, 64)
 WRONG_ARGUMENTS = [
     {"control": 3, "hint": HINT}, {"control": "plain", "hint": HINT}, {"control": "canny", "hint": HINT.repeat(1, 3, 1, 1)},
-    {"control": "inpainting", "hint": HINT}, {"control": "canny", "hint": HINT.repeat(2, 1, 1, 1)},
+    {"control": "inpainting", "hint": HINT}, {"control": "canny", "hint": HINT[..., :31]}, {"control": "canny", "hint": HINT.repeat(2, 1, 1, 1)},
     {"control": "canny", "hint": HINT * torch.nan}, {"control": "canny", "hint": HINT.int()}, {"control": "canny", "hint": 3},
     {"control": "canny", "hint": HINT, "control_strength": float("inf")}, {"hint": HINT}, {"control": "canny"},
     {"control": "canny", "hint": HINT, "control_strength": "1"}, {"mask": Image.new("L", (64, 64))},
@@ -214,7 +214,7 @@ def test_wrong_arguments_are_refused(controlled, monkeypatch, arguments):
 @pytest.mark.parametrize("blocks, text", [
     (None, "3 projections: expected 8"), ("[0, 7]", "expected 3 numbers"), ("[0, 7, 7]", "expected 3 numbers"),
     ("3", "expected 3 numbers"), ("[0,", "expected the tensors of a controlnet"), ('["a", 1, 2]', "expected 3 numbers"),
-    ("[0, 1, 8]", "residual block 1 has 128 channels"), ("[0, 7, 99]", "residual block 99 has 0 channels")])
+    ("[0, 1, 8]", "64 channels for residual block 1, expected 128"), ("[0, 7, 99]", "residual block 99, expected 0")])
 def test_a_controlnet_that_does_not_say_where_it_belongs_or_does_not_fit_is_refused(controlled, weights, images, blocks, text):
     path = weights / "controlnet/canny.safetensors"
     tensors = load_file(path)
