@@ -171,6 +171,7 @@ FAULTS = {
     "(64, rank)": lambda tensors, layer: tensors.update({f"{layer}.lora_up.weight": torch.ones(65, 2)}),
     "(rank, 48)": lambda tensors, layer: tensors.update({f"{layer}.lora_down.weight": torch.ones(2, 47)}),
     "(2, 0)": lambda tensors, layer: tensors.update({f"{layer}.lora_up.weight": torch.ones(2, 0)}),
+    "expected a LoRA for": lambda tensors, layer: tensors.update({f"{layer}.lora_up.weight": torch.tensor(1.0)}),
     "one alpha": lambda tensors, layer: tensors.update({f"{layer}.alpha": torch.ones(2)}),
     "I8": lambda tensors, layer: tensors.update({f"{layer}.lora_up.weight": torch.ones(64, 2).char()}),
     "not finite": lambda tensors, layer: tensors.update({f"{layer}.alpha": torch.tensor(torch.inf)}),
