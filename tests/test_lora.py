@@ -5,7 +5,7 @@ import pytest
 import tiny
 import torch
 from commands import FEW, command, refused
-from helpers import TESTS, assert_same, original, relative_error, unet_inputs
+from helpers import TESTS, assert_same, original, relative_error
 from PIL import Image
 from safetensors.torch import save_file
 
