@@ -308,8 +308,8 @@ class Cascade:
         widths = dict(enumerate(config.residual_widths))
         for block, feature_map in control.items():
             width, channels = widths.get(block, 0), feature_map.shape[1]
-            require(width == channels, f"{self.file(name)}: residual block {block} has {width} channels, "
-                    f"the ControlNet's map for it has {channels}: it is for another Stage C")
+            require(width == channels, f"{self.file(name)}: the ControlNet is for another Stage C: it has "
+                    f"{channels} channels for residual block {block}, expected {width}")
 
     def _decode_pixels(self, z):
         """Stage A, one image at a time: (N, 4, Hb, Wb) -> (N, 3, 4 * Hb, 4 * Wb) in [0, 1], fp32."""
@@ -393,6 +393,8 @@ class Cascade:
         self.file(name)  # a missing file is an error now
         if torch.is_tensor(hint):
             check_tensor("hint", hint, (1, CHANNELS["hint_channels"][name], None, None))
+            smallest = 1 if control == "super_resolution" else 32
+            require(min(hint.shape[2:]) >= smallest, f"hint: expected sides of {smallest} or more")
         elif control == "canny":
             hint = canny_hint(load_pixels(hint, width, height, compression))
         elif control == "inpainting":
@@ -428,8 +430,11 @@ class Cascade:
     def _load(self, name):
         where = self.file(name), self.device, self.dtypes[name]
         if name == "text_encoder":
-            bpe = text_encoder.read_tokenizer(self.folder / "tokenizer") if self.tokens else None
-            words = [bpe.encode(word, False).ids for word in self.tokens.values()]
+            words = []
+            if self.tokens:
+                bpe = text_encoder.read_tokenizer(self.folder / "tokenizer")
+                for word in self.tokens.values():
+                    words.append(bpe.encode(word, add_special_tokens=False).ids)
             return text_encoder.load(*where, name, self.loras, words)
         loras = self.loras if name == "stage_c" else ()
         return model.load(*where, name.split("/")[0], NETWORKS, loras)

@@ -946,7 +946,10 @@ def load(path, device: torch.device | str = "cpu", dtype: torch.dtype | None = N
         with torch.device("meta"):
             network = network_class(config)
     require(not loras or name in ("stage_c", "text_encoder"), f"{path}: a {name} takes no LoRA")
-    changes = [Lora(file, strength, network) for file, strength in loras]
+    changes = []
+    for file, strength in loras:
+        with reading(file, "a LoRA for Stage C or the text encoder"):
+            changes.append(Lora(file, strength, network))
     return weights.load_into(network, device, dtype, changes)
 
 
@@ -1042,9 +1045,10 @@ class Lora:
     def change(self, name, weight):
         """Changes a weight, fp32, in place."""
         for third, down, up, alpha in self.changes.get(name, []):
-            down = self.weights.tensor(down, weight.device, torch.float32).flatten(1)
-            up = self.weights.tensor(up, weight.device, torch.float32).flatten(1)
-            delta = self.strength * alpha / len(down) * (up @ down)
+            down = self.weights.tensor(down, weight.device, torch.float32)
+            up = self.weights.tensor(up, weight.device, torch.float32)
+            rank = len(down)
+            delta = self.strength * alpha / rank * (up.reshape(-1, rank) @ down.reshape(rank, -1))
             require(delta.isfinite().all(), f"{self.weights.path}: its change of {name} is not finite")
             rows = weight if third is None else weight.chunk(3)[third]
             if delta.numel() == rows.numel():

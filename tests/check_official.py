@@ -25,7 +25,7 @@ sys.path[:0] = map(str, (TESTS.parent, TESTS, TESTS / "parity"))
 
 import torch  # noqa: E402
 
-from cascade import DTYPES, NETWORKS, Cascade, find_file, to_pillow  # noqa: E402
+from cascade import DTYPES, NETWORK_NAMES, NETWORKS, Cascade, find_file, to_pillow  # noqa: E402
 from model import CascadeError, load, require  # noqa: E402
 
 PROMPT, NEGATIVE, SEED = "a large red circle on a white background", "blue", 7
@@ -88,12 +88,12 @@ def main(arguments=None):
     print(*(f"{package.name} {package.version}" for package in distributions() if package.name in PACKAGES))
 
     passed = {}                                         # network or image -> whether it passed
-    for name in (*NETWORKS, "stage_c_lite", "stage_b_lite"):
+    for name in (*NETWORK_NAMES, "stage_c_lite", "stage_b_lite"):
         try:
             path = find_file(options.folder, name, DTYPES[options.dtype])
         except CascadeError:                            # it is not there
             continue
-        kind = name.removesuffix("_lite")
+        kind = name.removesuffix("_lite").split("/")[0]
         passed[name] = attempt(path.relative_to(options.folder), check_network, options, path, kind)
     for ending in ("", "_lite"):
         if {"text_encoder", f"stage_c{ending}", f"stage_b{ending}", "stage_a"} <= set(passed):

@@ -3,11 +3,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from model import (ControlNet, ControlNetConfig, Previewer, PreviewerConfig, SemanticEncoder, SemanticEncoderConfig, StageA,
-                   StageAConfig, UNet, UNetConfig)
+                   StageAConfig, UNet, UNetConfig, Weights)
 from text_encoder import ImageConfig, ImageEncoder, TextConfig, TextEncoder
 
 TESTS = Path(__file__).resolve().parent
@@ -72,10 +71,8 @@ def original(name, folder):
     inputs, outputs, weights = (
         {key.removeprefix(side): tensor for key, tensor in tensors.items() if key.startswith(side)}
         for side in ("in.", "out.", "weights."))
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
     file = Path(folder) / f"{name}.safetensors"
-    save_file(weights, file, metadata)
+    save_file(weights, file, Weights(path).metadata)
     return file, inputs, outputs
 
 

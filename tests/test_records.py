@@ -110,6 +110,19 @@ def test_a_record_is_read_strictly(decode, latents, name):
         decode(json.dumps(record))
 
 
+NEWER = {"control": ["soup", 3], "hint": [3], "mask": [["a.png"]], "control_strength": ["1", -1, float("nan")],
+    "lora": [3, ["a"], [["a"]], [["a", "b"]], [["a", float("inf")]]], "token": [3, ["a"], [["[x]", 3]], [["", "red"]]]}
+
+
+@pytest.mark.parametrize("name", NEWER)
+def test_what_records_hold_since_the_extensions_is_read_strictly_and_may_be_missing(decode, latents, name):
+    record = json.loads(Weights(latents).metadata["cascade"])
+    for value in NEWER[name]:
+        decode(json.dumps(record | {name: value}))
+    record.pop(name)
+    decode(json.dumps(record), expected="")
+
+
 def test_only_the_latents_of_the_record_are_decoded(decode, latents):
     text, z = Weights(latents).metadata["cascade"], load_file(latents)["latents"]
     for wrong in (z[:3], z[0], z[:, :4], z[..., :1], z.int(), z * torch.nan, z.to(torch.complex64)):
