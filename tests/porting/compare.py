@@ -55,12 +55,14 @@ class Tensors:
             for name in self.header:
                 self.check(name)
         except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            raise FileError(f"{path}: not a readable safetensors file ({error})".replace("\n", " ")) from error
+            reason = str(error).replace("\n", " ")
+            raise FileError(f"{path}: not a readable safetensors file ({reason})") from error
 
     def check(self, name):
-        begin, end = self.header[name]["data_offsets"]
-        size = np.dtype(TYPES[self.header[name]["dtype"]]).itemsize
-        if not 0 <= begin <= end <= len(self.bytes) or end - begin != size * math.prod(self.header[name]["shape"]):
+        entry = self.header[name]
+        begin, end = entry["data_offsets"]
+        size = np.dtype(TYPES[entry["dtype"]]).itemsize * math.prod(entry["shape"])
+        if not 0 <= begin <= end <= len(self.bytes) or end - begin != size:
             raise ValueError(f"{name} is cut off")
 
     def __contains__(self, name):
@@ -136,7 +138,8 @@ def measure(name, kind, ours, theirs):
     product = math.sqrt(np.sum(centred ** 2) * np.sum(other ** 2))
     pcc = float(np.sum(centred * other)) / product if product else 1.0
     snr = -20 * math.log10(error) if error else math.inf
-    return Result(name, kind, error, float(np.abs(difference).max(initial=0)) / (largest or 1.0), pcc, snr)
+    maximum = float(np.abs(difference).max(initial=0)) / (largest or 1.0)
+    return Result(name, kind, error, maximum, pcc, snr)
 
 
 # ------------------------------------------------------------------------------ many tensors
@@ -160,12 +163,13 @@ def error_into(trace, name, errors):
 def judge(result, incoming, tolerance):
     """Sets the growth of a result and its limit."""
     result.incoming = incoming
+    floor = tolerance["floor"]
     if result.kind == "integers":
         result.growth, result.limit = result.error, 0.0
     elif incoming is None:
-        result.growth, result.limit = result.error / tolerance["floor"], tolerance["total"] / tolerance["floor"]
+        result.growth, result.limit = result.error / floor, tolerance["total"] / floor
     else:
-        result.growth = result.error / max(incoming, tolerance["floor"]) if math.isfinite(incoming) else 1.0
+        result.growth = result.error / max(incoming, floor) if math.isfinite(incoming) else 1.0
         result.limit = tolerance["growth"]
 
 
@@ -176,7 +180,8 @@ def compare(trace, other, number_format="fp32"):
         if name in other:
             result = measure(name, entry["kind"], trace[name], other[name])
             errors[name] = result.error
-            judge(result, error_into(trace, name, errors), trace.tolerance(entry["kind"], number_format))
+            incoming = error_into(trace, name, errors)
+            judge(result, incoming, trace.tolerance(entry["kind"], number_format))
             results.append(result)
     return results
 
@@ -185,7 +190,8 @@ def teacher_force(trace, block, number_format="fp32"):
     """Results of the blocks for which `block(name, inputs)` returns an output."""
     results = []
     for name, entry in trace.graph.items():
-        inputs = {key: trace[source] for key, source in entry.get("inputs", {}).items() if source in trace}
+        sources = entry.get("inputs", {})
+        inputs = {key: trace[source] for key, source in sources.items() if source in trace}
         output = block(name.removesuffix(".out"), inputs) if inputs else None
         if output is not None:
             result = measure(name, entry["kind"], trace[name], output)
@@ -206,32 +212,40 @@ def report(results):
     """The tensors with the largest growth, and on the last line the first wrong one."""
     lines = [f"{'growth':>8} {'limit':>8} {'error':>8} {'max':>8} {'SNR dB':>6} {'PCC':>11}  tensor"]
     for r in sorted(results, key=lambda r: r.growth, reverse=True)[:ROWS]:
-        lines.append(f"{r.growth:8.3g} {r.limit:8.3g} {r.error:8.1e} {r.maximum:8.1e} {r.snr:6.1f} {r.pcc:11.8f}  "
-                     f"{r.name} ({r.kind})")
+        lines.append(f"{r.growth:8.3g} {r.limit:8.3g} {r.error:8.1e} {r.maximum:8.1e} "
+                     f"{r.snr:6.1f} {r.pcc:11.8f}  {r.name} ({r.kind})")
     wrong = next((r for r in results if r.wrong), None)
     if wrong is None:
         lines.append(f"all agree: largest error {max(r.error for r in results):.1e}")
     else:
         note = f"; {wrong.note}" * bool(wrong.note)
-        lines.append(f"first wrong block: {wrong.name} ({wrong.kind}): error {wrong.error:.1e}, growth {wrong.growth:.3g}, "
-                     f"limit {wrong.limit:.3g}{note}")
+        lines.append(f"first wrong block: {wrong.name} ({wrong.kind}): error {wrong.error:.1e}, "
+                     f"growth {wrong.growth:.3g}, limit {wrong.limit:.3g}{note}")
     return "\n".join(lines)
+
+
+def without_infinity(values):
+    """JSON has no infinity: null."""
+    infinite = (math.inf, -math.inf)
+    return {key: None if value in infinite else value for key, value in values.items()}
 
 
 def run(options):
     trace, other = Trace(options.trace), Tensors(options.other)
     results = compare(trace, other, options.type)
     if not results:
-        raise FileError(f"{options.other}: holds none of the trace's names, such as {next(iter(trace.graph))}")
+        first = next(iter(trace.graph))
+        raise FileError(f"{options.other}: holds none of the trace's names, such as {first}")
     missing = [name for name in trace.graph if name not in other]
     unknown = [name for name in other.header if name not in trace]
     wrong = next((result.name for result in results if result.wrong), None)
     if options.json:
-        tensors = [{key: None if value in (math.inf, -math.inf) else value for key, value in asdict(result).items()}
-                   for result in results]              # JSON has no infinity
-        print(json.dumps({"first_wrong": wrong, "missing": missing, "unknown": unknown, "tensors": tensors}))
+        tensors = [without_infinity(asdict(result)) for result in results]
+        found = {"first_wrong": wrong, "missing": missing, "unknown": unknown, "tensors": tensors}
+        print(json.dumps(found))
     else:
-        print(f"{len(results)} of {len(trace.graph)} tensors compared, {len(unknown)} unknown to the trace")
+        count = f"{len(results)} of {len(trace.graph)} tensors compared"
+        print(f"{count}, {len(unknown)} unknown to the trace")
         for title, names in (("missing", missing), ("unknown", unknown)):
             if names:
                 print(f"{title}: {summary(names)}")
@@ -245,11 +259,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(arguments=None):
-    parser = Parser(prog="compare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("trace")
-    parser.add_argument("other")
-    parser.add_argument("--type", default="fp32", choices=("fp32", "bf16", "fp16"), help="what the port computes in")
-    parser.add_argument("--json", action="store_true", help="all results, as one JSON object")
+    parser = Parser(
+        prog="compare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("trace")
+    add("other")
+    add("--type", default="fp32", choices=("fp32", "bf16", "fp16"), help="what the port computes in")
+    add("--json", action="store_true", help="all results, as one JSON object")
     try:
         status = run(parser.parse_args(arguments))
         sys.stdout.flush()

@@ -52,7 +52,8 @@ from text_encoder import SelfAttention
 
 GOLDEN = trace.MANIFEST.parent
 MARGIN = 8
-IMAGE = ["a large red circle on a blue background", *"--width 64 --height 64 --steps-recorded 0 19".split()]
+IMAGE = ["a large red circle on a blue background",
+         *"--width 64 --height 64 --steps-recorded 0 19".split()]
 DTYPES = cascade.DTYPES | {"fp64": torch.float64}
 # The correct runs of each number format: types, or processor features for another process.
 RUNS = {"fp32": ("fp64", "avx2", "default"), "bf16": ("bf16",), "fp16": ("fp16",)}
@@ -62,10 +63,11 @@ ROUNDING = {"fp32": 6e-8, "bf16": 2e-3, "fp16": 2.4e-4}     # no floor is lower
 
 CONFIGS = {
     "stage_c": replace(tiny.STAGE_C, widths=(64, 64), down=("RTA", "RTA"), up=("RTA", "RTA")),
-    "stage_b": replace(tiny.STAGE_B, widths=(32, 64), down=("RT", "RTA"), up=("RTA", "RT"), down_repeat=(1, 1),
-                       up_repeat=(3, 2)),
+    "stage_b": replace(tiny.STAGE_B, widths=(32, 64), down=("RT", "RTA"), up=("RTA", "RT"),
+                       down_repeat=(1, 1), up_repeat=(3, 2)),
     "stage_a": tiny.STAGE_A, "text_encoder": replace(tiny.TEXT, layers=2),
-    "image_encoder": replace(tiny.IMAGE, layers=2), "effnet_encoder": tiny.ENCODER, "previewer": tiny.PREVIEWER}
+    "image_encoder": replace(tiny.IMAGE, layers=2), "effnet_encoder": tiny.ENCODER,
+    "previewer": tiny.PREVIEWER}
 
 
 def draw_network(name, seed=5):
@@ -73,11 +75,12 @@ def draw_network(name, seed=5):
     made = tiny.randomise(tiny.NETWORKS[name][0](CONFIGS[name]), seed)
     for path, block in made.named_modules():
         if isinstance(block, model.ResidualBlock) and path.startswith("up_blocks"):
-            for layer, factor in (block.depthwise, 1e-2), (block.channelwise[0], 1e-4), (block.channelwise[4], 1e4):
-                layer.weight.mul_(factor)               # so the epsilons of its norms matter
-            block.depthwise.bias.mul_(1e-2)
-            block.channelwise[0].bias.mul_(1e-4)
-            block.channelwise[2].beta.mul_(1e-4)
+            first, grn, last = (block.channelwise[i] for i in (0, 2, 4))
+            for tensor in block.depthwise.weight, block.depthwise.bias:
+                tensor.mul_(1e-2)                       # so the epsilons of the norms matter
+            for tensor in first.weight, first.bias, grn.beta:
+                tensor.mul_(1e-4)
+            last.weight.mul_(1e4)
     if name == "stage_a":
         made.up_blocks[0][0].weight.mul_(0.02)          # the latents of random UNets are in the dozens
     for tensor in made.state_dict().values():
@@ -89,7 +92,14 @@ def draw_network(name, seed=5):
         inputs["pixels"] = noise(1, 3, 5, 7).sigmoid()
     elif name == "stage_c":
         inputs["clip_text"] = inputs["clip_text"][:, :20]
-    return made, {key: value.bfloat16().float() if value.is_floating_point() else value for key, value in inputs.items()}
+    return made, {key: cast(value, torch.bfloat16, torch.float32) for key, value in inputs.items()}
+
+
+def cast(value, *dtypes):
+    """Integers stay as they are."""
+    for dtype in dtypes:
+        value = value.to(dtype if value.is_floating_point() else None)
+    return value
 
 
 def stored_network(name, folder=GOLDEN):
@@ -107,8 +117,8 @@ def stored_network(name, folder=GOLDEN):
 @torch.no_grad()
 def record_network(name, made, inputs, dtype):
     """The Trace of one call, and what else its file holds."""
-    state = {f"weights.{path}": tensor.bfloat16() if tensor.is_floating_point() else tensor
-             for path, tensor in made.state_dict().items()}
+    weights = made.state_dict()
+    state = {f"weights.{path}": cast(tensor, torch.bfloat16) for path, tensor in weights.items()}
     state |= {f"inputs.{key}": value for key, value in inputs.items()}
     recorded, inputs = trace.Trace([name], [0], []), dict(inputs)
     recorded.watch(made.to(dtype), name)
@@ -128,7 +138,7 @@ def record_network(name, made, inputs, dtype):
         recorded.add("image", inputs["image"], "given", [])
         made.encode(inputs["image"].to(dtype))
     else:
-        made(*(value.to(dtype) if value.is_floating_point() else value for value in inputs.values()))
+        made(*(cast(value, dtype) for value in inputs.values()))
     return recorded, state
 
 
@@ -141,14 +151,19 @@ def record_image(dtype="fp32"):
 
 
 def record_all(dtype, networks):
-    """{file: (Trace, what else it holds)} of the random networks, {name: (network, inputs)}, and of the tiny cascade."""
-    recorded = {name: record_network(name, *drawn, DTYPES[dtype]) for name, drawn in networks.items()}
-    return recorded | {"tiny": (record_image(dtype), {})}
+    """{file: (Trace, what else it holds)} of the random networks, {name: (network, inputs)}, and of the
+    tiny cascade."""
+    recorded = {"tiny": (record_image(dtype), {})}
+    for name, (made, inputs) in networks.items():
+        recorded[name] = record_network(name, made, inputs, DTYPES[dtype])
+    return recorded
 
 
 def write_all(recorded, dtype, folder):
     for name, (tensors, state) in recorded.items():
-        used = {"dtype": dtype, "torch": torch.__version__} | ({"arguments": IMAGE} if name == "tiny" else {})
+        used = {"dtype": dtype, "torch": torch.__version__}
+        if name == "tiny":
+            used["arguments"] = IMAGE
         tensors.save(folder / f"{name}.safetensors", used, compact=True, state=state)
 
 
@@ -160,16 +175,19 @@ def torch_block(networks, dtype=torch.float32):
     def block(name, inputs):
         stage, path = name.split(".", 1)
         path = ".".join(part for part in path.split(".") if not part.startswith(("step-", "pass-")))
-        given = {key: torch.tensor(value) for key, value in inputs.items()}
-        mask = given.pop("mask", None)
-        if dtype != torch.float16 or stage not in ("stage_c", "stage_b") or path.startswith("clip"):
-            given = {key: value.to(dtype) for key, value in given.items() if value.is_floating_point()} or given
-        elif "cond" in given:                           # feature maps of the UNets stay fp32
-            given["cond"] = given["cond"].to(dtype)
-        module = networks[stage].get_submodule(path)
+        module, given = networks[stage].get_submodule(path), {}
+        is_unet = stage in ("stage_c", "stage_b") and not path.startswith("clip")
+        upcast = dtype == torch.float16 and is_unet
+        for key, value in inputs.items():
+            value = given[key] = torch.tensor(value)
+            if value.is_floating_point() and (key == "cond" or not upcast):
+                given[key] = value.to(dtype)            # in fp16 the UNets' feature maps stay fp32
+        mask = given.get("mask")
         if mask is not None:
-            visible = torch.ones(mask.shape[1], mask.shape[1]).tril().bool() & mask.bool()[:, None, None]
-            output = module(given["x"], torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, -torch.inf))
+            causal = torch.ones(mask.shape[1], mask.shape[1]).tril().bool()
+            visible = causal & mask.bool()[:, None, None]
+            attn_mask = torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, -torch.inf)
+            output = module(given["x"], attn_mask)
         elif isinstance(module, (model.ResidualBlock, model.TimestepBlock, model.AttentionBlock)):
             output = module(given["x"], *(given.get(key) for key in ("t_emb", "cond", "skip")))
         else:
@@ -184,7 +202,8 @@ def run(kind, source, folder):
         networks = {name: stored_network(name, source) for name in CONFIGS}
         return write_all(record_all(kind, networks), kind, folder)
     command = [sys.executable, __file__, "--record", str(source), str(folder)]
-    subprocess.run(command, env=os.environ | {"ATEN_CPU_CAPABILITY": kind}, check=True, capture_output=True)
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": kind}
+    subprocess.run(command, env=environment, check=True, capture_output=True)
 
 
 def measure_floors(traces, source, number_format, dtype):
@@ -205,16 +224,17 @@ def measure_floors(traces, source, number_format, dtype):
 def measure_tolerances(folder):
     """{number format: {kind: {"floor", "growth", "total"}}}; `folder` holds the fp32 run."""
     traces = {name: compare.Trace(folder / f"{name}.safetensors") for name in (*CONFIGS, "tiny")}
+    anything = {"other": {"floor": 1, "growth": 1, "total": 1}}
     for exact in traces.values():
-        exact.tolerances = dict.fromkeys(("fp32", "bf16", "fp16"), {"other": {"floor": 1, "growth": 1, "total": 1}})
-    floors = {"fp32": measure_floors(traces, folder, "fp32", torch.float64),
-              "bf16": measure_floors(traces, folder, "bf16", torch.bfloat16),
-              "fp16": measure_floors(traces, folder, "fp16", torch.float16)}
+        exact.tolerances = dict.fromkeys(RUNS, anything)
+    exact_runs = {"fp32": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
+    floors = {key: measure_floors(traces, folder, key, dtype) for key, dtype in exact_runs.items()}
     growth, total = Counter(), Counter()                # by number format and kind
     for number_format, kinds in RUNS.items():
         floor = floors[number_format]
+        tolerances = {kind: {"floor": floor[kind], "growth": 0, "total": 0} for kind in floor}
         for exact in traces.values():
-            exact.tolerances = {number_format: {kind: {"floor": floor[kind], "growth": 0, "total": 0} for kind in floor}}
+            exact.tolerances = {number_format: tolerances}
         for kind in kinds:
             with tempfile.TemporaryDirectory() as other:
                 run(kind, folder, Path(other))
@@ -233,7 +253,7 @@ def measure_tolerances(folder):
             "growth": rounded(MARGIN * max(growth[number_format, kind], 1)),
             "total": rounded(MARGIN * max(total[number_format, kind], floor.get(kind, 0)))}
     for kinds in found.values():
-        kinds["other"] = {key: max(tolerance[key] for tolerance in kinds.values()) for key in ("floor", "growth", "total")}
+        kinds["other"] = {key: max(tolerance[key] for tolerance in kinds.values()) for key in anything["other"]}
     return found
 
 
@@ -248,40 +268,46 @@ def operators():
     """{OPERATOR.NAME: tensor}: inputs, weights and the outputs in fp32 and in bf16."""
     generator = torch.Generator().manual_seed(11)
 
-    def randn(*shape):
-        return torch.randn(shape, generator=generator).bfloat16().float()
+    def draw(*shape):                                   # exact in bf16, the same on every machine
+        return torch.randint(-200, 201, shape, generator=generator) / 128
 
     causal = torch.ones(7, 7).tril().bool()
     visible = causal & (torch.arange(7) < torch.tensor([[3], [7]]))[:, None, None]
     attn_mask = torch.zeros(2, 1, 7, 7).masked_fill(~visible, -torch.inf)
     cases = {                                           # name -> layer or function, inputs by name
-        "grn": (model.GlobalResponseNorm(6), {"x": randn(1, 3, 5, 6)}),
-        "grn_near_zero": (model.GlobalResponseNorm(6), {"x": 1e-6 * randn(1, 3, 5, 6)}),
-        "layer_norm": (model.LayerNorm(8), {"x": randn(1, 2, 3, 8)}),
-        "layer_norm_near_zero": (model.LayerNorm(8), {"x": 1e-3 * randn(1, 2, 3, 8)}),
+        "grn": (model.GlobalResponseNorm(6), {"x": draw(1, 3, 5, 6)}),
+        "grn_near_zero": (model.GlobalResponseNorm(6), {"x": 1e-6 * draw(1, 3, 5, 6)}),
+        "layer_norm": (model.LayerNorm(8), {"x": draw(1, 2, 3, 8)}),
+        "layer_norm_near_zero": (model.LayerNorm(8), {"x": 1e-3 * draw(1, 2, 3, 8)}),
         "gelu": (F.gelu, {"x": torch.linspace(-6, 6, 49)}),
-        "resize_up": (lambda x: model.resize(x, (9, 12)), {"x": randn(1, 5, 7, 4)}),
-        "resize_down": (lambda x: model.resize(x, (3, 4)), {"x": randn(1, 5, 7, 4)}),
-        "conv_transpose_2x2": (model.ConvTranspose2d(4, 6, 2, stride=2), {"x": randn(1, 3, 5, 4)}),
-        "conv_transpose_4x4": (model.ConvTranspose2d(4, 6, 4, stride=2, padding=1), {"x": randn(1, 3, 5, 4)}),
-        "pixel_unshuffle": (model.PixelUnshuffle(2), {"x": randn(1, 3, 4, 6)}),
-        "pixel_shuffle": (model.PixelShuffle(2), {"x": randn(1, 2, 3, 12)}),
-        "replicate_pad": (model.ReplicationPad2d(1), {"x": randn(1, 3, 4, 2)}),
-        "attention": (AttentionWithCondition(64, 16), {"x": randn(1, 2, 3, 64), "cond": randn(1, 4, 16)}),
-        "text_attention": (SelfAttention(64), {"x": randn(2, 7, 64), "attn_mask": attn_mask}),
-        "time_embedding": (lambda r: model.UNet(CONFIGS["stage_c"]).embed_time(r, None, None), {"r": torch.tensor([1.0, 0.35, 0.05])})}
+        "resize_up": (lambda x: model.resize(x, (9, 12)), {"x": draw(1, 5, 7, 4)}),
+        "resize_down": (lambda x: model.resize(x, (3, 4)), {"x": draw(1, 5, 7, 4)}),
+        "conv_transpose_2x2": (model.ConvTranspose2d(4, 6, 2, stride=2), {"x": draw(1, 3, 5, 4)}),
+        "conv_transpose_4x4": (
+            model.ConvTranspose2d(4, 6, 4, stride=2, padding=1), {"x": draw(1, 3, 5, 4)}),
+        "pixel_unshuffle": (model.PixelUnshuffle(2), {"x": draw(1, 3, 4, 6)}),
+        "pixel_shuffle": (model.PixelShuffle(2), {"x": draw(1, 2, 3, 12)}),
+        "replicate_pad": (model.ReplicationPad2d(1), {"x": draw(1, 3, 4, 2)}),
+        "attention": (
+            AttentionWithCondition(64, 16), {"x": draw(1, 2, 3, 64), "cond": draw(1, 4, 16)}),
+        "text_attention": (SelfAttention(64), {"x": draw(2, 7, 64), "attn_mask": attn_mask}),
+        "time_embedding": (embed_time, {"r": torch.tensor([1.0, 0.35, 0.05])})}
     found = {}
     for name, (layer, inputs) in cases.items():
         if isinstance(layer, nn.Module):
-            tiny.randomise(layer, 12)
             for key, value in layer.state_dict().items():
-                found[f"{name}.{key}"] = value.copy_(value.bfloat16()).clone()
+                found[f"{name}.{key}"] = value.copy_(draw(*value.shape) / 4).clone()
         found |= {f"{name}.{key}": value for key, value in inputs.items()}
         found[f"{name}.out"] = layer(*inputs.values()).contiguous()
         if name != "time_embedding":                    # always fp32
             layer = layer.bfloat16() if isinstance(layer, nn.Module) else layer
-            found[f"{name}.out_bf16"] = layer(*(value.bfloat16() for value in inputs.values())).contiguous()
+            inputs = [value.bfloat16() for value in inputs.values()]
+            found[f"{name}.out_bf16"] = layer(*inputs).contiguous()
     return found
+
+
+def embed_time(r):
+    return model.UNet(CONFIGS["stage_c"]).embed_time(r, None, None)
 
 
 class AttentionWithCondition(model.AttentionBlock):
@@ -297,14 +323,16 @@ def hexadecimal(values):
 
 
 def constants():
-    times = {steps: sampler.timesteps(steps) for steps in (20, 10)}
-    unet, embeddings, first = model.UNet(CONFIGS["stage_b"]), {}, {}
-    for steps, t in times.items():
-        rows = unet.embed_time(t[:-1], None, None)[:, :model.TIME_DIM]
-        embeddings[steps] = [[float(f"{value:.9g}") for value in row] for row in rows.tolist()]
+    times, embeddings, first = {}, {}, {}
+    for steps in (20, 10):
+        t = sampler.timesteps(steps)
+        times[steps] = hexadecimal(t)
+        rows = embed_time(t[:-1])[:, :model.TIME_DIM].tolist()
+        embeddings[steps] = [[float(f"{value:.9g}") for value in row] for row in rows]
     for seed in (0, 1, 2 ** 32 - 1):
-        first[seed] = sampler.draw_noise(sampler.generators(seed, 1), (4, 3, 7), "cpu").flatten().tolist()
-    return {"frequencies": hexadecimal(model.FREQUENCIES), "times": {steps: hexadecimal(t) for steps, t in times.items()},
+        drawn = sampler.draw_noise(sampler.generators(seed, 1), (4, 3, 7), "cpu")
+        first[seed] = drawn.flatten().tolist()
+    return {"frequencies": hexadecimal(model.FREQUENCIES), "times": times,
             "time_embeddings": embeddings, "noise_of_84_values": first}
 
 
@@ -315,7 +343,9 @@ def constants_section(found):
 
     parts = [f"frequencies\n{lines(found['frequencies'])}"]
     parts += [f"times of {steps} steps\n{lines(values)}" for steps, values in found["times"].items()]
-    rows = [[seed, *(f"{value:.7f}" for value in values[:8])] for seed, values in found["noise_of_84_values"].items()]
+    rows = []
+    for seed, values in found["noise_of_84_values"].items():
+        rows.append([seed, *(f"{value:.5f}" for value in values[:8])])
     return "```text\n" + "\n".join(parts) + "\n```\n\n" + table(["seed", *range(8)], rows)
 
 
@@ -336,18 +366,22 @@ def weights_digest():
 
 
 def manifest(tolerances, recorded, vectors):
-    made = {"command": "python tests/porting/golden.py", "torch": torch.__version__, "weights_sha256": weights_digest(),
-            "processor": torch.backends.cpu.get_cpu_capability()}
-    files = {f"{name}.safetensors": {key: [entry["kind"], *tensors.tensors[key].shape] for key, entry in tensors.graph.items()}
-             for name, (tensors, _) in recorded.items()}
+    made = {"command": "python tests/porting/golden.py", "torch": torch.__version__,
+            "processor": torch.backends.cpu.get_cpu_capability(), "weights_sha256": weights_digest()}
+    files = {}
+    for name, (found, _) in recorded.items():
+        files[f"{name}.safetensors"] = {
+            key: [entry["kind"], *found.tensors[key].shape] for key, entry in found.graph.items()}
     files["operators.safetensors"] = {name: list(tensor.shape) for name, tensor in vectors.items()}
     return {"made": made, "tolerances": tolerances, "files": files}
 
 
 def main(arguments=None):
     """Returns the exit status: 0, or 2 after one line that says what went wrong."""
-    parser = cascade.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--record", nargs=2, type=Path, metavar=("SOURCE", "FOLDER"), help="see above")
+    parser = cascade.Parser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--record", nargs=2, type=Path, metavar=("SOURCE", "FOLDER"), help="see above")
     try:
         options = parser.parse_args(arguments)
         if options.record:
@@ -368,7 +402,7 @@ def main(arguments=None):
         write_section(PORTING_PAGE, "constants", constants_section(constants()))
         print(f"{GOLDEN}: {sum(path.stat().st_size for path in GOLDEN.iterdir()) / 1e6:.1f} MB")
         return 0
-    except CascadeError as error:
+    except (CascadeError, compare.FileError) as error:
         print(f"golden.py: {error}", file=sys.stderr)
         return 2
 

@@ -61,6 +61,7 @@ if __name__ == "__main__" and "--compare" in sys.argv:  # before PyTorch is impo
     sys.exit(compare.main([argument for argument in sys.argv[1:] if argument != "--compare"]))
 
 import argparse
+import hashlib
 import json
 from collections import Counter
 from fnmatch import fnmatchcase
@@ -108,13 +109,13 @@ class Trace:
         tensor = tensor.to("cpu", torch.float32 if tensor.is_floating_point() else None)
         tensor = tensor.clone(memory_format=torch.contiguous_format)  # one's `out` is the next one's `in`
         name = self.full(name)
-        key = tensor.numpy().tobytes()
+        key = tensor.dtype, hashlib.sha256(tensor.numpy().tobytes()).digest()
         same = self.first.setdefault(key, name)
         if sources is None:
             sources = [same] if same != name else self.unused
         gains = sources if isinstance(sources, dict) else dict.fromkeys(sources, 1.0)
         self.unused = [other for other in self.unused if other not in gains]
-        if kind == "output" or name.endswith(".x"):
+        if name.endswith(".x"):                         # a latent; outputs are appended by after_module
             self.unused.append(name)
         self.tensors[name] = tensor
         self.graph[name] = {"kind": kind, "sources": gains}
@@ -201,7 +202,8 @@ class Trace:
         self.add("timesteps", times, "given", [])
         self.add("alpha_bar", a, "given", [])
         rows = len(copies) * (2 if guidance > 1 else 1)
-        sources = {"clip_text": "text_encoder.hidden", "clip_text_pooled": "text_encoder.pooled", "effnet": "stage_c.latent"}
+        sources = {"clip_text": "text_encoder.hidden", "clip_text_pooled": "text_encoder.pooled",
+                   "effnet": "stage_c.latent"}
         for name, value in condition.items():
             self.add(f"condition.{name}", value[:rows], "input", [sources[name]])
         if unet.config.image_dim:  # without an image it is zeros, which other implementations may need
@@ -222,7 +224,8 @@ class Trace:
             noise = sampler.draw_noise(copies, shape, "cpu") * (i < steps - 1)
             self.add("epsilon", eps, "epsilon", {self.full("out"): float(gain)})
             values = {"x": before, "epsilon": eps, "noise": noise}
-            self.add("x0", x0, "x0", self.gains(values, x0, lambda x, eps, noise: sampler.predict_x0(x, eps, a[i])))
+            gains = self.gains(values, x0, lambda x, eps, noise: sampler.predict_x0(x, eps, a[i]))
+            self.add("x0", x0, "x0", gains)
             self.add("noise", noise, "given", [])
             sources = self.gains(values, x, lambda *terms: recipe.step(*terms, a[i], a[i + 1]))
             yield x, x0
