@@ -22,6 +22,7 @@ def test_onnxruntime_gives_the_same_numbers_for_any_batch(name):
     assert_same_for_any_batch(network(name), run_onnx(name), INPUTS[name], 1e-5)
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_network(folder, tmp_path, capsys):
     out = tmp_path / "onnx"
     command = ["--weights", str(folder), "--size", "100", "64", "--out", str(out), "--networks", "stage_b"]

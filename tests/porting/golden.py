@@ -1,6 +1,6 @@
 """Golden data: what a port without PyTorch checks itself against.
 
-    python tests/porting/golden.py                          regenerates golden/ and the constants in PORTING.md: a minute
+    python tests/porting/golden.py                          regenerates golden/ and the constants in PORTING.md: 15 s of CPU
     python tests/porting/golden.py --record SOURCE FOLDER   runs the networks that are in one folder, in fp32, for another
 
 In golden/ are, all in the format of trace.py (see compare.py for a reader that needs numpy alone):
