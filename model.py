@@ -54,6 +54,8 @@ from torch import Tensor, nn
 
 HEAD_DIM = 64               # channels of every attention head
 TIME_DIM = 64               # channels of the embedding of one time
+FREQUENCIES = torch.exp(                                # of the time embedding: (32), fp32, the same on every device
+    torch.arange(TIME_DIM // 2, dtype=torch.float32) * (-math.log(10000) / (TIME_DIM // 2 - 1)))
 CLIP_TOKENS = 4             # condition tokens made from one pooled text embedding or one image embedding
 
 
@@ -302,8 +304,7 @@ class UNet(nn.Module):
         times = [r]
         for name in self.config.time_conditions:
             times.append(torch.zeros_like(r) if given[name] is None else given[name])
-        k = torch.arange(TIME_DIM // 2, device=r.device, dtype=torch.float32)  # (32)
-        frequencies = torch.exp(k * (-math.log(10000) / (TIME_DIM // 2 - 1)))  # (32)
+        frequencies = FREQUENCIES.to(r.device)  # (32)
         angles = torch.stack(times, dim=1)[:, :, None] * 10000 * frequencies  # (B, len(times), 32)
         return torch.cat([angles.sin(), angles.cos()], dim=2).flatten(1)
 

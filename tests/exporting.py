@@ -2,20 +2,9 @@
 from functools import cache
 
 import torch
+from export import Method, export
 from helpers import assert_same, noise
 from tiny import networks
-from torch import nn
-
-
-class StageAMethod(nn.Module):
-    """Stage A's `encode` or `decode` as a network of its own."""
-
-    def __init__(self, stage_a, name):
-        super().__init__()
-        self.stage_a, self.name = stage_a, name
-
-    def forward(self, x):
-        return getattr(self.stage_a, self.name)(x)
 
 
 def text_inputs(batch):
@@ -43,15 +32,12 @@ INPUTS = {
 @cache
 def network(name):
     name, _, method = name.partition(" ")
-    return StageAMethod(networks()[name], method) if method else networks()[name]
+    return Method(networks()[name], method) if method else networks()[name]
 
 
 @cache
 def exported(name):
-    """Strictly, so without a graph break, at one size and for any batch."""
-    inputs = INPUTS[name](2)
-    shapes = {name: {0: torch.export.Dim("batch")} for name in inputs}
-    return torch.export.export(network(name), (), inputs, dynamic_shapes=shapes, strict=True)
+    return export(network(name), INPUTS[name](2))
 
 
 def assert_same_for_any_batch(network, exported, inputs, tolerance):

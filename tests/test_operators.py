@@ -1,13 +1,10 @@
 """The porter's pages hold what a run gives."""
-import numpy as np
 import operators
 import pytest
 import torch
 from helpers import slow_except
 from pages import OPERATORS_PAGE, PORTING_PAGE, with_section
 from torch.utils.flop_counter import FlopCounterMode
-
-from sampler import draw_noise, generators
 
 OUTDATED = "out of date: run python tests/porting/operators.py"
 
@@ -21,17 +18,6 @@ def test_the_operator_list_is_what_running_the_networks_gives():
 def test_the_schedule_is_what_the_sampler_gives():
     page = PORTING_PAGE.read_text("utf-8")
     assert page == with_section(page, "schedule", operators.schedule()), OUTDATED
-
-
-def test_the_noise_can_be_drawn_without_pytorch():
-    """As PORTING.md explains: MT19937 and Box-Muller, sixteen values at a time."""
-    noise_generators, twister = generators(7, 1), np.random.RandomState(7)
-    for shape in ((16, 3, 3), (4, 32, 32)):
-        bits = np.frombuffer(twister.bytes(4 * np.prod(shape)), dtype="<u4")
-        u = (bits % 2 ** 24 / 2 ** 24).reshape(-1, 2, 8)
-        radius, angle = np.sqrt(-2 * np.log(1 - u[:, 0])), 2 * np.pi * u[:, 1]
-        noise = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(shape)
-        assert np.abs(draw_noise(noise_generators, shape, "cpu")[0].numpy() - noise).max() < 1e-5
 
 
 TITLES = ["Stage C lite", "Stage A, decoding", "Semantic encoder", "Previewer"]

@@ -1,18 +1,18 @@
 """A trace holds what Cascade did, is consistent in itself, and finds where another implementation differs."""
-import json
 import re
 import textwrap
 
+import compare
 import pytest
 import torch
 import trace
+from golden import torch_block
 from helpers import assert_same
 from safetensors.torch import load_file, save_file
 from tiny import write_folder
 
 import sampler
 from cascade import Cascade
-from model import Weights
 
 PROMPT, NEGATIVE = "a red circle", "blue"
 SIZE = "--width 130 --height 88".split()                # odd sides, and an image that is cropped
@@ -81,22 +81,10 @@ def test_every_block_of_every_network_is_there_at_every_pass(folder, tensors, pr
         assert found - {"embed_time", "out"} == expected
 
 
-def test_a_block_given_its_traced_input_gives_its_traced_output(folder, tensors):
-    visible = torch.ones(77, 77).tril().bool() & tensors["tokens.mask"].bool()[:, None, None]
-    mask = torch.zeros(visible.shape).masked_fill(~visible, -torch.inf)
-    networks = {stage: Cascade(folder).network(stage) for stage in trace.STAGES}
-    names = [name.removesuffix(".in") for name in tensors if name.endswith(".in")]
-    assert len(names) > 100
-    for name in names:
-        stage, step, path = re.fullmatch(r"(\w+)(\.step-\d+)?\.(.*?)(?:\.pass-\d)?", name).groups()
-        x, out, rest = tensors[f"{name}.in"], tensors[f"{name}.out"], ()
-        if step and "_blocks." in path:
-            given = tensors[f"{stage}{step}.embed_time.out"], tensors[f"{stage}{step}.clip_norm.out"]
-            rest = *given, tensors.get(f"{name}.skip")
-        elif ".layers." in path:
-            rest = [mask]
-        ours = networks[stage].get_submodule(path)(x, *rest)
-        assert (ours - out).abs().max() <= 1e-6 * out.abs().max(), name  # it depends on alignment
+def test_a_block_given_its_traced_input_gives_its_traced_output(folder, path):
+    block = torch_block({stage: Cascade(folder).network(stage) for stage in trace.STAGES})
+    results = compare.teacher_force(compare.Trace(path), block)
+    assert len(results) > 100 and max(result.maximum for result in results) <= 1e-6  # it depends on alignment
 
 
 @pytest.mark.parametrize("stage, guidance, steps", [("stage_c", 4.0, 3), ("stage_b", 1.5, 2)])
@@ -112,7 +100,7 @@ def test_stepping_by_hand_gives_the_traced_latents(tensors, stage, guidance, ste
 
 
 def test_the_order_is_that_of_execution(path, tensors):
-    names = json.loads(Weights(path).metadata["order"])
+    names = list(compare.Trace(path).graph)
     assert sorted(names) == sorted(tensors)
     stages = list(dict.fromkeys(name.split(".")[0] for name in names))
     assert stages == ["tokens", *trace.STAGES, "picture"]
@@ -142,60 +130,22 @@ def test_only_the_chosen_stages_steps_and_blocks_are_recorded(folder, tmp_path):
     assert all(name.startswith(block) for name in names)
 
 
-# ------------------------------------------------------------------------------ comparing
-
-@pytest.fixture
-def compared(path, tensors, tmp_path, capsys):
-    """Compares with other tensors; returns the exit status and what is printed."""
-    def run(others, *arguments):
-        others = {name: tensor.clone().contiguous() for name, tensor in others.items()}
-        save_file(others, tmp_path / "other.safetensors")
-        capsys.readouterr()
-        status = trace.main(["--compare", str(path), str(tmp_path / "other.safetensors"), *arguments])
-        return status, capsys.readouterr().out
-
-    return run
-
-
-def test_the_first_difference_is_the_first_that_runs(compared, tensors):
-    tolerated, first = "stage_c.step-000.embedding.out", "stage_c.step-000.up_blocks.0.1.out"
-    larger, others = "stage_b.step-000.down_blocks.0.0.out", dict(tensors)
-    for name, factor in (tolerated, 1 + 1e-6), (first, 1.01), (larger, 1.5):
-        others[name] = factor * tensors[name]
-    status, text = compared(others)
-    assert status == 1 and f"first difference: {first}: maximum relative error 1.0e-02" in text
-    status, text = compared({first: others[first].half(), "mine": others[larger]}, "--tolerance=0.1")
-    assert status == 0 and f"1 of {len(tensors)} tensors compared, 1 unknown" in text
-
-
-@pytest.mark.parametrize("name, change, hint", [("picture", lambda x: x * torch.nan, "error inf"),
-    ("tokens.ids", lambda x: x + (torch.arange(77) == 5), ""),
-    ("stage_b.step-000.embedding.out", lambda x: x.permute(0, 3, 1, 2), "channels-first?")])
-def test_one_other_value_is_found(compared, tensors, name, change, hint):
-    status, text = compared({**tensors, name: change(tensors[name])})
-    assert status == 1 and f"first difference: {name}: " in text and hint in text
-
-
 def test_the_example_in_the_docstring_runs_and_agrees(folder, path, tensors, tmp_path, monkeypatch):
     text = trace.__doc__.split("with our noise and conditions:\n\n")[1].split("\n\n")[0]
     monkeypatch.chdir(tmp_path)
     save_file(tensors, "trace.safetensors")
     exec(textwrap.dedent(text), globals() | {"port": Cascade(folder).network("stage_c")})
     assert_same(load_file("mine.safetensors")["stage_c.latent"], tensors["stage_c.latent"])
-    assert trace.main(["--compare", str(path), "mine.safetensors", "--tolerance", "1e-5"]) == 0
+    assert compare.main([str(path), "mine.safetensors"]) == 0
 
 
 # ------------------------------------------------------------------------------ what goes wrong
 
 @pytest.mark.parametrize("arguments, message", [
     ("--out nowhere/new.safetensors", "an existing folder"),
-    ("--steps-recorded 0 3", "--steps-recorded 3: expected -3 to 2"),
-    ("--compare {weights}/stage_a.safetensors {trace}", "not a trace"),
-    ("--compare {trace} {weights}/stage_a.safetensors", "none of the trace's names")])
-def test_a_mistake_ends_in_one_line_and_leaves_no_file(
-        folder, path, tensors, tmp_path, monkeypatch, capsys, arguments, message):
+    ("--steps-recorded 0 3", "--steps-recorded 3: expected -3 to 2")])
+def test_a_mistake_ends_in_one_line_and_leaves_no_file(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
-    arguments = [argument.format(weights=folder, trace=path) for argument in arguments.split()]
-    assert trace.main([*RUN, "--out", "new.safetensors", *arguments]) == 2
+    assert trace.main([*RUN, "--out", "new.safetensors", *arguments.split()]) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("trace.py: ") and message in last and not list(tmp_path.iterdir())

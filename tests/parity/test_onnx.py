@@ -1,17 +1,17 @@
 """Every network, exported to ONNX and run by onnxruntime, gives PyTorch's numbers for any batch."""
+import export
 import pytest
 import torch
-from exporting import INPUTS, assert_same_for_any_batch, exported, network
+from export import to_onnx
+from exporting import INPUTS, assert_same_for_any_batch, network
 
 pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime")
 
 
-def to_onnx(name):
-    """The network as a function that onnxruntime computes. Not optimised: the optimiser would fold the 32 frequencies of
-    the time embedding with numpy's exp, which differs by one ulp in places, and one ulp of a frequency is up to 6e-4 rad
-    of its angle."""
-    program = torch.onnx.export(exported(name), (), kwargs=INPUTS[name](2), optimize=False, verbose=False)
+def run_onnx(name):
+    """The network as a function that onnxruntime computes."""
+    program = to_onnx(network(name), INPUTS[name](2))
     session = onnxruntime.InferenceSession(program.model_proto.SerializeToString(), providers=["CPUExecutionProvider"])
     return lambda **inputs: [torch.from_numpy(y) for y in
                              session.run(None, {name: value.numpy() for name, value in inputs.items()})]
@@ -19,4 +19,24 @@ def to_onnx(name):
 
 @pytest.mark.parametrize("name", INPUTS)
 def test_onnxruntime_gives_the_same_numbers_for_any_batch(name):
-    assert_same_for_any_batch(network(name), to_onnx(name), INPUTS[name], 1e-5)
+    assert_same_for_any_batch(network(name), run_onnx(name), INPUTS[name], 1e-5)
+
+
+@pytest.mark.slow
+def test_the_command_writes_a_network(folder, tmp_path, capsys):
+    out = tmp_path / "onnx"
+    command = ["--weights", str(folder), "--size", "100", "64", "--out", str(out), "--networks", "stage_b"]
+    assert export.main(command) == 0
+    session = onnxruntime.InferenceSession(out / "stage_b.onnx", providers=["CPUExecutionProvider"])
+    x, = [value for value in session.get_inputs() if value.name == "x"]
+    assert x.shape[1:] == [4, 16, 26] and "stage_b.onnx: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ("--size 9 9", "width: expected an integer from 64 to 8192, got 9"), ("--out {file}", "cannot be made"),
+    ("--networks stage_d", "invalid choice"), ("--weights nowhere", "cannot open this folder")])
+def test_a_mistake_ends_in_one_line(tmp_path, capsys, arguments, message):
+    (tmp_path / "file").write_text("")
+    assert export.main(arguments.format(file=tmp_path / "file").split()) == 2
+    line, = capsys.readouterr().err.splitlines()
+    assert line.startswith("export.py: ") and message in line

@@ -1,6 +1,7 @@
 """A trace is enough to check another implementation: diffusers' UNet, given its inputs, agrees at every block."""
 from functools import partial
 
+import compare
 import pytest
 import torch
 import trace
@@ -58,13 +59,12 @@ def test_diffusers_unet_agrees_at_every_block(folder, path, tensors, tmp_path, s
     blocks = {name for name in outputs if "_blocks." in name}
     assert len(blocks) > 20 and blocks <= set(mine)
     save_file(mine, tmp_path / "mine.safetensors")
-    command = ["--compare", str(path), str(tmp_path / "mine.safetensors"), "--tolerance", "1e-5"]
-    assert trace.main(command) == 0
+    assert compare.main([str(path), str(tmp_path / "mine.safetensors")]) == 0
     assert capsys.readouterr().out.startswith(f"{len(mine)} of ")
 
 
 @GUIDANCE
 def test_an_error_in_one_block_is_found(folder, path, tensors, tmp_path, stage, guidance, capsys):
     save_file(run_peer(folder, tensors, stage, guidance, error=0.1), tmp_path / "mine.safetensors")
-    assert trace.main(["--compare", str(path), str(tmp_path / "mine.safetensors")]) == 1
-    assert f"first difference: {stage}.step-001.up_blocks.0.1.out" in capsys.readouterr().out
+    assert compare.main([str(path), str(tmp_path / "mine.safetensors")]) == 1
+    assert f"first wrong block: {stage}.step-001.up_blocks.0.1.out" in capsys.readouterr().out

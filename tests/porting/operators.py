@@ -211,19 +211,23 @@ def operators_page():
 
 
 def schedule():
-    """alpha_bar at the times of 20 and of 10 steps, and the coefficients of x' = X x + E eps + N noise, in fp64."""
-    zero, one, parts = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64), []
-    for steps, stage in ((20, "Stage C"), (10, "Stage B")):
-        t = timesteps(steps).double().mul(steps).round() / steps
-        a, rows = alpha_bar(t), []
-        for i in range(steps):
-            X = ddpm(one, zero, zero, a[i], a[i + 1])
-            E = ddpm(zero, one, zero, a[i], a[i + 1])
-            N = ddpm(zero, zero, one, a[i], a[i + 1]) * (i < steps - 1)
-            rows.append([i, f"{t[i]:.2f}", *(f"{number:.8f}" for number in (a[i], X, E, N))])
-        rows.append([steps, f"{t[-1]:.2f}", f"{a[-1]:.8f}", "", "", ""])
-        parts.append(f"{stage}, {steps} steps:\n\n" + table(["i", "t", "alpha_bar", "X", "E", "N"], rows))
-    return "\n".join(parts)
+    """alpha_bar at the times of 20 steps, every other one a time of 10 steps, and the coefficients of
+    x' = X x + E eps + N noise, in fp64."""
+    zero, one = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
+    t = timesteps(20).double().mul(20).round() / 20
+    a, rows = alpha_bar(t), []
+    for i in range(21):
+        row = [i, f"{t[i]:.2f}", f"{a[i]:.8f}"]
+        for stride in (1, 2):
+            if i % stride or i == 20:
+                row += [""] * 3
+                continue
+            X = ddpm(one, zero, zero, a[i], a[i + stride])
+            E = ddpm(zero, one, zero, a[i], a[i + stride])
+            N = ddpm(zero, zero, one, a[i], a[i + stride]) * (i + stride < 20)
+            row += [f"{number:.8f}" for number in (X, E, N)]
+        rows.append(row)
+    return table(["i", "t", "alpha_bar", *"XEN", *(f"{name}, 10 steps" for name in "XEN")], rows)
 
 
 if __name__ == "__main__":

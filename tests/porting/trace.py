@@ -31,9 +31,9 @@ PATH.pass-1, then PATH.pass-2. With guidance a network gets two rows: the condit
 
 Values are fp32, whatever the type of the run. Between the blocks of the UNets and of Stage A they are channels-last,
 (B, H, W, C); latents, noise and pixels, and so embedding.in, clf.out and out_block.out, are channels-first. --compare
-expects the same names in the same layout (axes of length 1 do not count), in any floating-point type. The other file
-may hold any part of the trace: one stage, or one block. The file's metadata hold the order of execution ("order", a JSON
-list of names, which safetensors sorts), and how the image was made ("used").
+is compare.py: it expects the same names in the same layout (axes of length 1 do not count), in any floating-point type.
+The other file may hold any part of the trace: one stage, or one block. The file's metadata hold the kind and the sources
+of every tensor in the order of execution ("graph"), the tolerances, and how the image was made ("used").
 
 Another implementation's Stage C, `port`, with our noise and conditions:
 
@@ -53,45 +53,79 @@ Another implementation's Stage C, `port`, with our noise and conditions:
 One of its blocks: `block(trace[f"{name}.in"], trace[f"{step}.embed_time.out"], trace[f"{step}.clip_norm.out"])`. In the
 other direction, `Cascade().decode(x, "a large red circle")` decodes the latents of the port.
 """
-import argparse
-import json
 import sys
+
+import compare
+
+if __name__ == "__main__" and "--compare" in sys.argv:  # before PyTorch is imported: it need not be installed
+    sys.exit(compare.main([argument for argument in sys.argv[1:] if argument != "--compare"]))
+
+import argparse
+import hashlib
+import json
 from collections import Counter
 from fnmatch import fnmatchcase
 from functools import partial
-from math import inf
 from pathlib import Path
 from unittest import mock
 
 import torch
 from safetensors.torch import save
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+PORTING = Path(__file__).resolve().parent
+sys.path.insert(0, str(PORTING.parents[1]))
 
 import cascade
 import sampler
-from model import CascadeError, UNet, Weights, require
+from model import CascadeError, UNet, require
+from text_encoder import TextEncoder
 
 STAGES = ("text_encoder", "stage_c", "stage_b", "stage_a")
+MANIFEST = PORTING / "golden" / "manifest.json"
 
 
 class Trace:
-    """The recorded values, {name: tensor}, in the order of execution."""
+    """The recorded values, {name: tensor}, in the order of execution.
+
+    graph       {name: {"kind": of the tensor, "sources": {name of a tensor that it is computed from: gain}, "inputs":
+                of a block, {argument: name}, "same_as": name of an earlier tensor with the same values}}. The gain is
+                how much larger a relative error of the source is in the tensor.
+    """
 
     def __init__(self, stages, steps, patterns):
         self.stages, self.steps, self.patterns = stages, steps, patterns
-        self.tensors = {}
+        self.tensors, self.graph, self.first = {}, {}, {}
 
     def begin(self, prefix, record=True):
         """From here on names begin with this prefix, and the passes of every module are counted again."""
         self.prefix, self.stage = prefix, prefix.split(".")[0]
         self.record = record and self.stage in self.stages
         self.passes, self.open = Counter(), []
+        self.unused = []                                # outputs that nothing has read so far
 
-    def add(self, name, tensor):
+    def add(self, name, tensor, kind, sources=None, inputs=None):
+        """`sources`: names, with their gains if these are not 1. By default the earlier tensor with the same values, else
+        the outputs that nothing has read."""
         tensor = tensor.to("cpu", torch.float32 if tensor.is_floating_point() else None)
         tensor = tensor.clone(memory_format=torch.contiguous_format)  # one's `out` is the next one's `in`
-        self.tensors[f"{self.prefix}.{name}".lstrip(".")] = tensor
+        name = self.full(name)
+        key = tensor.dtype, hashlib.sha256(tensor.numpy().tobytes()).digest()
+        same = self.first.setdefault(key, name)
+        if sources is None:
+            sources = [same] if same != name else self.unused
+        gains = sources if isinstance(sources, dict) else dict.fromkeys(sources, 1.0)
+        self.unused = [other for other in self.unused if other not in gains]
+        if name.endswith(".x"):                         # a latent; outputs are appended by after_module
+            self.unused.append(name)
+        self.tensors[name] = tensor
+        self.graph[name] = {"kind": kind, "sources": gains}
+        if inputs:
+            self.graph[name]["inputs"] = inputs
+        if same != name and tensor.shape == self.tensors[same].shape:
+            self.graph[name]["same_as"] = same
+
+    def full(self, name):
+        return f"{self.prefix}.{name}".lstrip(".")
 
     def watch(self, network, stage):
         self.begin(stage)
@@ -100,26 +134,27 @@ class Trace:
         for path, module in network.named_modules():
             if path:
                 module.register_forward_pre_hook(partial(self.before_module, path))
-                module.register_forward_hook(self.after_module)
+                module.register_forward_hook(partial(self.after_module, path))
         return network
 
     def before_network(self, network, args):
         if isinstance(network, UNet):
             x, r = args
-            self.add("embed_time.out", network.embed_time(r, None, None).to(x.dtype))
-        else:
+            t_emb = network.embed_time(r, None, None).to(x.dtype)
+            self.add("embed_time.out", t_emb, "embed_time", {f"{self.stage}.timesteps": 10000.0})
+        elif isinstance(network, TextEncoder):
             self.begin("tokens")
             for name, tensor in zip(("ids", "mask"), args):
-                self.add(name, tensor)
+                self.add(name, tensor, "integers", [])
             self.begin("text_encoder")
 
     def after_network(self, network, args, output):
-        if isinstance(network, UNet):
+        if torch.is_tensor(output):
             self.output = output
-            self.add("out", output)
+            self.add("out", output, "out")
         else:
             for name, tensor in zip(("hidden", "pooled"), output):
-                self.add(name, tensor)
+                self.add(name, tensor, "out")
 
     def is_recorded(self, path):
         if not self.record or not self.patterns:
@@ -130,43 +165,91 @@ class Trace:
         name, count = None, self.passes[path]
         if self.is_recorded(path):
             name = f"{path}.pass-{count}" if count else path
-            self.add(f"{name}.in", args[0])
+            sources = {"effnet_mapper": [f"{self.stage}.condition.effnet"],
+                       "pixels_mapper": [f"{self.stage}.condition.pixels"], "up_blocks.0": ["stage_b.latent"]}
+            self.add(f"{name}.in", args[0], "input", sources.get(path))
             if getattr(module, "reads_skip", False):
-                self.add(f"{name}.skip", args[-1])
+                self.add(f"{name}.skip", args[-1], "input")
         self.passes[path] += 1
         self.open.append(name)
 
-    def after_module(self, module, args, output):
+    def after_module(self, path, module, args, output):
         name = self.open.pop()
-        if name:
-            self.add(f"{name}.out", output)
+        if not name:
+            return
+        kind = type(module).__name__
+        if not kind.endswith(("Block", "Layer")):
+            kind = path.split(".")[0]
+        inputs = {"x": self.full(f"{name}.in")}
+        if getattr(module, "reads_skip", False):
+            inputs["skip"] = self.full(f"{name}.skip")
+        if kind == "TimestepBlock":
+            inputs["t_emb"] = self.full("embed_time.out")
+        elif kind == "AttentionBlock":
+            inputs["cond"] = self.full("clip_norm.out")
+        elif kind == "TransformerLayer":
+            inputs["mask"] = "tokens.mask"
+        sources = [source for key, source in inputs.items() if key != "mask" and source in self.graph]
+        self.add(f"{name}.out", output, kind, sources, inputs)
+        if not name.startswith("clip_norm"):            # every attention block reads it
+            self.unused.append(self.full(f"{name}.out"))
 
     def sample(self, unet, shape, condition, steps, guidance, noise_generators, recipe):
         """sampler.sample, recorded. The noise is drawn a second time, from copies of the generators."""
         stage, times = self.stage, sampler.timesteps(steps)
+        a = sampler.alpha_bar(times)
         copies = [generator.clone_state() for generator in noise_generators]
-        self.add("timesteps", times)
-        self.add("alpha_bar", sampler.alpha_bar(times))
+        self.add("timesteps", times, "given", [])
+        self.add("alpha_bar", a, "given", [])
         rows = len(copies) * (2 if guidance > 1 else 1)
+        sources = {"clip_text": "text_encoder.hidden", "clip_text_pooled": "text_encoder.pooled",
+                   "effnet": "stage_c.latent"}
         for name, value in condition.items():
-            self.add(f"condition.{name}", value[:rows])
+            self.add(f"condition.{name}", value[:rows], "input", [sources[name]])
         if unet.config.image_dim:  # without an image it is zeros, which other implementations may need
-            self.add("condition.clip_img", torch.zeros(rows, 1, unet.config.image_dim))
+            self.add("condition.clip_img", torch.zeros(rows, 1, unet.config.image_dim), "given", [])
         walk = sampler.sample(unet, shape, condition, steps, guidance, noise_generators, recipe)
         x = sampler.draw_noise(copies, shape, "cpu")
+        sources = {}
         for i in range(steps):
             self.begin(f"{stage}.step-{i:03}", i in self.steps or i - steps in self.steps)
-            self.add("x", x)
-            x, x0 = next(walk)
+            self.add("x", x, "latent" if sources else "given", sources)
+            before, (x, x0) = x, next(walk)
             eps = self.output.float()
+            gain = 1.0
             if rows > len(copies):
+                gain = (2 * guidance - 1) * eps.std()
                 eps = sampler.guide(*eps.chunk(2), guidance, recipe.rescale)
-            self.add("epsilon", eps)
-            self.add("x0", x0)
-            self.add("noise", sampler.draw_noise(copies, shape, "cpu") * (i < steps - 1))
+                gain /= eps.std()
+            noise = sampler.draw_noise(copies, shape, "cpu") * (i < steps - 1)
+            self.add("epsilon", eps, "epsilon", {self.full("out"): float(gain)})
+            values = {"x": before, "epsilon": eps, "noise": noise}
+            gains = self.gains(values, x0, lambda x, eps, noise: sampler.predict_x0(x, eps, a[i]))
+            self.add("x0", x0, "x0", gains)
+            self.add("noise", noise, "given", [])
+            sources = self.gains(values, x, lambda *terms: recipe.step(*terms, a[i], a[i + 1]))
             yield x, x0
         self.begin(stage)
-        self.add("latent", x)
+        self.add("latent", x, "latent", sources)
+
+    def gains(self, values, result, formula):
+        """The gains of a linear formula from its terms to its result."""
+        gains = {}
+        for name, value in values.items():
+            terms = [torch.tensor(float(other == name)) for other in values]
+            gain = formula(*terms).abs() * value.std() / result.std()
+            if gain:
+                gains[self.full(name)] = float(gain)
+        return gains
+
+    def save(self, path, used, compact=False, state=None):
+        """`compact`: tensors with the same values are stored once; see "same_as" in the graph. `state`: tensors beside the trace."""
+        tensors = {name: tensor for name, tensor in self.tensors.items()
+                   if not (compact and "same_as" in self.graph[name])}
+        tolerances = json.loads(MANIFEST.read_text("utf-8"))["tolerances"]
+        metadata = {"graph": json.dumps(self.graph), "tolerances": json.dumps(tolerances),
+                    "used": json.dumps(used, default=str)}
+        cascade.write_file(path, save(tensors | (state or {}), metadata))
 
 
 class TracedCascade(cascade.Cascade):
@@ -192,7 +275,18 @@ def draw(traced, options):
         stage_a = traced.network("stage_a")
         pixels = stage_a.decode(z.to(stage_a.out_block[0].weight)).float()
         traced.trace.begin("")
-        traced.trace.add("picture", pixels[:, :, :height, :width].clamp(0, 1))
+        image = pixels[:, :, :height, :width].clamp(0, 1)
+        traced.trace.add("picture", image, "picture", ["stage_a.out_block.out"])
+
+
+def record(options):
+    """The Trace of one image."""
+    where = options.weights, options.device, options.dtype, options.lite
+    traced = TracedCascade(*where, progress=True)
+    traced.trace = trace = Trace(options.stages, options.steps_recorded, options.blocks)
+    with mock.patch.object(cascade, "sample", trace.sample):
+        draw(traced, options)
+    return trace
 
 
 def run(options):
@@ -201,49 +295,9 @@ def run(options):
     require(valid, f"--out {out}: expected a .safetensors file in an existing folder")
     for step in options.steps_recorded:
         require(-most <= step < most, f"--steps-recorded {step}: expected {-most} to {most - 1}")
-    where = options.weights, options.device, options.dtype, options.lite
-    traced = TracedCascade(*where, progress=True)
-    traced.trace = trace = Trace(options.stages, options.steps_recorded, options.blocks)
-    with mock.patch.object(cascade, "sample", trace.sample):
-        draw(traced, options)
-    used = {**vars(options), "torch": torch.__version__}
-    metadata = {"order": json.dumps(list(trace.tensors)), "used": json.dumps(used, default=str)}
-    cascade.write_file(out, save(trace.tensors, metadata))
+    trace = record(options)
+    trace.save(out, {**vars(options), "torch": torch.__version__})
     print(f"{out}: {len(trace.tensors)} tensors, {out.stat().st_size / 1e6:.1f} MB")
-
-
-# ------------------------------------------------------------------------------ comparing
-
-def error_of(ours, theirs):
-    """The largest error, relative to the largest value. Of integers: the fraction that differs."""
-    ours, theirs = ours.squeeze(), theirs.squeeze()
-    if ours.shape != theirs.shape:
-        return inf
-    if not ours.is_floating_point():
-        return (ours != theirs).double().mean().item()
-    error, largest = (theirs.double() - ours).abs().max(), ours.double().abs().max()
-    return (error / largest if largest else error).nan_to_num(inf, inf).item()
-
-
-def compare(path, other, tolerance):
-    """Prints where `other` differs from the trace at `path`; returns whether it does."""
-    ours, theirs = Weights(path), Weights(other)
-    require("order" in ours.metadata, f"{path}: not a trace, its metadata hold no order")
-    order = json.loads(ours.metadata["order"])
-    shared = [name for name in order if name in theirs]
-    require(shared, f"{other}: holds none of the trace's names, such as {order[0]}")
-    errors = {name: error_of(ours.tensor(name), theirs.tensor(name)) for name in shared}
-    unknown = len(theirs) - len(shared)
-    print(f"{len(shared)} of {len(order)} tensors compared, {unknown} unknown to the trace")
-    largest = max(errors.values())
-    if largest <= tolerance:
-        print(f"all agree: maximum relative error {largest:.1e}")
-        return False
-    first = next(name for name, error in errors.items() if error > tolerance)
-    print(f"first difference: {first}: maximum relative error {errors[first]:.1e}")
-    if ours[first] != theirs[first]:
-        print(f"  expected shape {ours[first]}, got {theirs[first]}; is one channels-first?")
-    return True
 
 
 # ------------------------------------------------------------------------------ the command
@@ -253,8 +307,7 @@ def parse(arguments):
     add, default = parser.add_argument, "(default: %(default)s)"
     add("prompt", nargs="?", default="a large red circle on a white background", help=default)
     add("--out", default="trace.safetensors", type=Path, metavar="FILE", help=default)
-    add("--compare", nargs=2, metavar=("TRACE", "OTHER"), help="exit status 1 where OTHER differs")
-    add("--tolerance", type=float, default=1e-4, help="of --compare, relative " + default)
+    add("--compare", nargs=2, metavar=("TRACE", "OTHER"), help="see compare.py, whose options it takes")
     add("--stages", nargs="+", default=STAGES, choices=STAGES, help="the last one ends the run")
     add("--blocks", nargs="+", default=[], metavar="PATTERN", help="(default: see above)")
     add("--steps-recorded", nargs="+", type=int, default=[0, -1], metavar="N", help=default)
@@ -270,12 +323,9 @@ def parse(arguments):
 
 
 def main(arguments=None):
-    """Returns the exit status: 0; 1 where --compare finds a difference; 2 after one line that says what went wrong."""
+    """Returns the exit status: 0, or 2 after one line that says what went wrong."""
     try:
-        options = parse(arguments)
-        if options.compare:
-            return int(compare(*options.compare, options.tolerance))
-        run(options)
+        run(parse(arguments))
         return 0
     except CascadeError as error:
         print(f"trace.py: {error}", file=sys.stderr)
