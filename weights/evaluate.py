@@ -321,7 +321,7 @@ def main():
     parser.add_argument("--rows", nargs="+", default=[""], metavar="WORD",
                         help="only the rows whose name contains one of these words")
     options = parser.parse_args()
-    cascade = Cascade(options.weights, keep=True)
+    cascade = Cascade(options.weights, "cpu", keep=True)
     header = [f"{part:6.6}" for part in (*PARTS, "IoU 50", "IoU 5")]
     print(f"| {'percent right':36} | " + " | ".join(header) + " | time   |")
     print("|---" * (len(header) + 2) + "|")

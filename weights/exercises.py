@@ -43,7 +43,7 @@ def change(source, old, new, file):
 def draw(folder, name, *options, prompt=PROMPT):
     """Runs the command in a folder -> the image, (128, 128, 3) from 0 to 255."""
     command = [sys.executable, "cascade.py", prompt, "--seed", str(SEED), "--weights", str(HERE / "tiny")]
-    command += ["-o", f"{name}.png", *options]
+    command += ["--device", "cpu", "-o", f"{name}.png", *options]
     subprocess.run(command, cwd=folder, check=True, stderr=subprocess.DEVNULL)
     return np.asarray(Image.open(folder / f"{name}.png")).astype(float)
 
@@ -60,7 +60,7 @@ def difference(image, other):
 
 def two_seeds():
     """Exercise 5: another seed for Stage B only, then another seed for Stage C only; the mean difference of eight."""
-    cascade = Cascade(HERE / "tiny", keep=True)
+    cascade = Cascade(HERE / "tiny", "cpu", keep=True)
     latents = cascade.prior(OPEN_PROMPT, images=9)              # seeds 0 to 8
     pairs = [(0, i) for i in range(9)] + [(i, 0) for i in range(1, 9)]
     images = []

@@ -211,7 +211,7 @@ def measure_floors(traces, source, number_format, dtype):
     floors = defaultdict(lambda: ROUNDING[number_format])
     for name, exact in traces.items():
         if name == "tiny":
-            pipeline = cascade.Cascade(keep=True)
+            pipeline = cascade.Cascade(device="cpu", keep=True)
             networks = {stage: pipeline.network(stage).to(dtype) for stage in trace.STAGES}
         else:
             networks = {name: stored_network(name, source)[0].to(dtype)}

@@ -81,7 +81,7 @@ def overflowing_drift(config, dtype, seed, factor=100, **sizes):
 @torch.inference_mode()
 def calls_of_the_tiny_cascade():
     """name -> [(positional inputs, inputs by name, fp32 output)] of its networks while they draw an image."""
-    cascade, calls = Cascade(keep=True), {}
+    cascade, calls = Cascade(device="cpu", keep=True), {}
     for name in ("text_encoder", "stage_c", "stage_b", "effnet_encoder", "image_encoder", "previewer"):
         calls[name] = []
         cascade.network(name).register_forward_hook(
@@ -97,7 +97,7 @@ def calls_of_the_tiny_cascade():
 
 @torch.inference_mode()
 def tiny_cascade_drift(calls, name, dtype):
-    network, errors = Cascade(dtype=dtype).network(name), []
+    network, errors = Cascade(device="cpu", dtype=dtype).network(name), []
     run = network.decode if name == "stage_a" else network
     for (x, *args), inputs, exact in calls[name]:  # args: the time, which stays fp32, or the mask
         ours = run(cast(x, dtype), *args, **cast_inputs(inputs, dtype))
@@ -108,7 +108,7 @@ def tiny_cascade_drift(calls, name, dtype):
 
 def image_drift(dtype):
     """How far the tiny cascade's images are from fp32's, of 255."""
-    ours, exact = (Cascade(dtype=kind)(PROMPT, images=2, output="np") for kind in (dtype, "fp32"))
+    ours, exact = (Cascade(device="cpu", dtype=kind)(PROMPT, images=2, output="np") for kind in (dtype, "fp32"))
     return 255 * abs(ours - exact).mean()
 
 

@@ -46,7 +46,7 @@ def sample_images(seed, two):
 def animation(path):
     """The run of the lesson."""
     with TemporaryDirectory() as place:
-        command([PROMPT, "--seed", str(SEED), "-o", f"{place}/image.png", "--animate", str(path)])
+        command([PROMPT, "--seed", str(SEED), "--device", "cpu", "-o", f"{place}/image.png", "--animate", str(path)])
 
 
 def prompts(cascade, path):
@@ -115,7 +115,7 @@ def main():
     parser.add_argument("--out", type=Path, default=HERE, help="the folder (default: weights/figures)")
     folder = parser.parse_args().out
     folder.mkdir(parents=True, exist_ok=True)
-    cascade = Cascade(keep=True)
+    cascade = Cascade(device="cpu", keep=True)
     animation(folder / "animation.webp")
     for draw_sheet in (prompts, seeds, guidance, reconstruction, variations, image_to_image, recipes):
         draw_sheet(cascade, folder / f"{draw_sheet.__name__}.png")

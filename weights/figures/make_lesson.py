@@ -428,7 +428,7 @@ def main():
     parser.add_argument("--out", type=Path, default=HERE, help="the folder (default: weights/figures)")
     folder = parser.parse_args().out
     folder.mkdir(parents=True, exist_ok=True)
-    run = Run(Cascade(keep=True))
+    run = Run(Cascade(device="cpu", keep=True))
     hero(folder / "hero.png", run)
     architecture(folder / "architecture.svg", run)
     schedule(folder / "schedule.svg")
