@@ -118,6 +118,20 @@ def test_values_are_fp32_whatever_the_type_of_the_run(folder, tmp_path):
     assert torch.equal(rounded, rounded.bfloat16().float())
 
 
+def test_ranges_are_those_of_the_trace(folder, tensors, capsys):
+    assert trace.main(["--weights", str(folder), *RUN, "--ranges", "--stages", "text_encoder"]) == 0
+    hidden = tensors["text_encoder.hidden"]
+    values = hidden.min(), hidden.max(), hidden.std(correction=0)
+    assert f"| text_encoder.hidden | {' | '.join(f'{value:.4g}' for value in values)} |" in capsys.readouterr().out
+
+
+def test_an_outlier_is_a_channel_far_above_the_median_channel():
+    x = torch.ones(2, 3, 5, 3)
+    x[1, 2, 4, 1] = -20
+    assert trace.outliers("stage_c.step-000.x", x) == "1 of 3: 2 (20)"
+    assert trace.outliers("stage_c.step-000.up_blocks.0.0.out", x) == "1 of 3: 1 (20)"
+
+
 # ------------------------------------------------------------------------------ choosing
 
 def test_only_the_chosen_stages_steps_and_blocks_are_recorded(folder, tmp_path):
@@ -142,7 +156,7 @@ def test_the_example_in_the_docstring_runs_and_agrees(folder, path, tensors, tmp
 # ------------------------------------------------------------------------------ what goes wrong
 
 @pytest.mark.parametrize("arguments, message", [
-    ("--out nowhere/new.safetensors", "an existing folder"),
+    ("--out nowhere/new.safetensors", "an existing folder"), ("--ranges", "not allowed with argument"),
     ("--steps-recorded 0 3", "--steps-recorded 3: expected -3 to 2")])
 def test_a_mistake_ends_in_one_line_and_leaves_no_file(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)

@@ -51,7 +51,7 @@ def network_and_inputs(pipeline, name, width, height):
     name, _, method = name.partition(" ")
     network = pipeline.network(name)
     config, dtype, rows = network.config, pipeline.dtypes[name], 2
-    Hc, Wc = cascade.semantic_sides(width, height)
+    Hc, Wc = cascade.semantic_sides(width, height, cascade.COMPRESSION)
     Hb, Wb = 2 * math.ceil(height / 8), 2 * math.ceil(width / 8)
 
     def zeros(*shape):

@@ -4,6 +4,7 @@
     python tests/porting/trace.py --compare trace.safetensors mine.safetensors          where does mine differ?
     python tests/porting/trace.py "an astronaut" --weights weights/official --lite --stages stage_c --steps-recorded 0
                                                                                         1.4 GB, all stages several times that
+    python tests/porting/trace.py "a large red circle" --ranges                         a table of all tensors, and no file
 
 `Cascade` draws one image while hooks record it. In the names, S is stage_c or stage_b; NNN counts its steps from 000;
 PATH is the path of a module in model.py or text_encoder.py, the same as in the names of the official files.
@@ -63,6 +64,8 @@ if __name__ == "__main__" and "--compare" in sys.argv:  # before PyTorch is impo
 import argparse
 import hashlib
 import json
+import os
+import re
 from collections import Counter
 from fnmatch import fnmatchcase
 from functools import partial
@@ -78,10 +81,15 @@ sys.path.insert(0, str(PORTING.parents[1]))
 import cascade
 import sampler
 from model import CascadeError, UNet, require
+from pages import table
 from text_encoder import TextEncoder
 
 STAGES = ("text_encoder", "stage_c", "stage_b", "stage_a")
 MANIFEST = PORTING / "golden" / "manifest.json"
+CHANNELS_FIRST = re.compile(
+    r"(.*\.)?(embedding(\.0)?\.in|clf(\.2)?\.out|out_block(\.1)?\.out"
+    r"|step-\d+\.\w+|condition\.\w+|latent|picture)")
+OUTLIER = 10                                            # times the median channel
 
 
 class Trace:
@@ -289,13 +297,41 @@ def record(options):
     return trace
 
 
+def outliers(name, tensor):
+    """The channels whose largest value is over OUTLIER times the median channel's: how many, and the first four."""
+    if tensor.dim() == 4 and CHANNELS_FIRST.fullmatch(name):
+        tensor = tensor.movedim(1, -1)
+    channels = tensor.shape[-1] if tensor.dim() > 1 else 1
+    peaks = tensor.reshape(-1, channels).abs().amax(0)
+    large = [channel for channel in peaks.argsort(descending=True).tolist()
+             if peaks[channel] > OUTLIER * peaks.median()]
+    if not large:
+        return ""
+    listed = ", ".join(f"{channel} ({peaks[channel]:.4g})" for channel in large[:4])
+    return f"{len(large)} of {channels}: {listed}"
+
+
+def ranges(tensors):
+    """A table of the floating-point tensors."""
+    rows = []
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point():
+            values = tensor.min(), tensor.max(), tensor.std(correction=0)
+            rows.append([name, *(f"{value:.4g}" for value in values), outliers(name, tensor)])
+    return table(["tensor", "minimum", "maximum", "standard deviation", "outlier channels"], rows)
+
+
 def run(options):
     out, most = options.out, max(options.steps, options.decoder_steps)
     valid = out.suffix == ".safetensors" and out.absolute().parent.is_dir() and not out.is_dir()
-    require(valid, f"--out {out}: expected a .safetensors file in an existing folder")
+    message = f"--out {out}: expected a .safetensors file in an existing folder"
+    require(valid or options.ranges, message)
     for step in options.steps_recorded:
         require(-most <= step < most, f"--steps-recorded {step}: expected {-most} to {most - 1}")
     trace = record(options)
+    if options.ranges:
+        print(ranges(trace.tensors), end="", flush=True)
+        return
     trace.save(out, {**vars(options), "torch": torch.__version__})
     print(f"{out}: {len(trace.tensors)} tensors, {out.stat().st_size / 1e6:.1f} MB")
 
@@ -306,7 +342,9 @@ def parse(arguments):
     parser = cascade.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, default = parser.add_argument, "(default: %(default)s)"
     add("prompt", nargs="?", default="a large red circle on a white background", help=default)
-    add("--out", default="trace.safetensors", type=Path, metavar="FILE", help=default)
+    one = parser.add_mutually_exclusive_group()
+    one.add_argument("--out", default="trace.safetensors", type=Path, metavar="FILE", help=default)
+    one.add_argument("--ranges", action="store_true", help="print the range of every tensor")
     add("--compare", nargs=2, metavar=("TRACE", "OTHER"), help="see compare.py, whose options it takes")
     add("--stages", nargs="+", default=STAGES, choices=STAGES, help="the last one ends the run")
     add("--blocks", nargs="+", default=[], metavar="PATTERN", help="(default: see above)")
@@ -330,6 +368,9 @@ def main(arguments=None):
     except CascadeError as error:
         print(f"trace.py: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:                             # piped to head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 if __name__ == "__main__":
