@@ -55,6 +55,7 @@ MARGIN = 8
 IMAGE = ["a large red circle on a blue background",
          *"--width 64 --height 64 --steps-recorded 0 19".split()]
 DTYPES = cascade.DTYPES | {"fp64": torch.float64}
+cascade.ENDINGS[torch.float64] = cascade.ENDINGS[torch.float32]
 # The correct runs of each number format: types, or processor features for another process.
 RUNS = {"fp32": ("fp64", "avx2", "default"), "bf16": ("bf16",), "fp16": ("fp16",)}
 ROUNDING = {"fp32": 6e-8, "bf16": 2e-3, "fp16": 2.4e-4}     # no floor is lower
