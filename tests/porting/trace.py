@@ -303,7 +303,7 @@ def outliers(name, tensor):
         tensor = tensor.movedim(1, -1)
     channels = tensor.shape[-1] if tensor.dim() > 1 else 1
     peaks = tensor.reshape(-1, channels).abs().amax(0)
-    large = [channel for channel in peaks.argsort(descending=True).tolist()
+    large = [channel for channel in peaks.argsort(descending=True, stable=True).tolist()
              if peaks[channel] > OUTLIER * peaks.median()]
     if not large:
         return ""
