@@ -685,7 +685,7 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
-def load_pixels(image, width, height, compression):
+def load_pixels(image, width, height, compression=COMPRESSION):
     """An image, resized and cropped to width x height, at the size that the semantic encoder takes: (1, 3, 32 * Hc, 32 * Wc)
     in [0, 1]."""
     image = ImageOps.fit(load_image(image), (width, height), Image.Resampling.BICUBIC)
