@@ -4,7 +4,7 @@ import operator
 import pytest
 import torch
 from exporting import INPUTS, assert_same_for_any_batch, exported, network
-from helpers import slow_except
+from helpers import assert_same, noise, slow_except
 
 NETWORKS = slow_except(INPUTS, "stage_a decode")
 
@@ -41,3 +41,18 @@ def test_an_exported_network_can_be_saved(tmp_path):
     torch.export.save(exported("stage_c"), tmp_path / "network.pt2")
     loaded = torch.export.load(tmp_path / "network.pt2").module()
     assert_same_for_any_batch(network("stage_c"), loaded, INPUTS["stage_c"], 1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, multiple", [("stage_c", 1), ("stage_b", 8)])
+def test_the_sides_of_a_unet_can_be_left_open(name, multiple):
+    """As the docstring of porting/export.py says."""
+    rows, high, wide = torch.export.Dim("rows"), torch.export.Dim("high", min=2), torch.export.Dim("wide", min=2)
+    inputs = INPUTS[name](2)
+    channels = inputs["x"].shape[1]
+    inputs["x"] = noise(2, channels, 4 * multiple, 6 * multiple)
+    shapes = {key: {0: rows} for key in inputs}
+    shapes["x"] |= {2: multiple * high, 3: multiple * wide}
+    program = torch.export.export(network(name), (), inputs, dynamic_shapes=shapes).module()
+    other = INPUTS[name](3) | {"x": noise(3, channels, 3 * multiple, 5 * multiple)}
+    assert_same(program(**other), network(name)(**other), 1e-6)
