@@ -120,7 +120,7 @@ class Cascade:
     keep            keep networks in memory; otherwise every call loads each of them again
     progress        show progress bars
     loras           LoRA files for Stage C and the text encoder, [(file, strength), ...]
-    tokens          for LoRAs with new tokens, in their order: {new token: the word that it starts from}
+    tokens          {new token: the word that it starts from}, for LoRAs with new tokens, in the order of training
 
     On CUDA, PyTorch computes fp32 convolutions in TF32 and may sum products of bf16 or fp16 in these types, unless a
     script calls `accumulate_in_fp32`, as the command does.
@@ -194,7 +194,7 @@ class Cascade:
                             to t = strength; int(steps * strength) steps remain
         recipe, interval    see sampler.py
         callback            callback(step, x0) after every step, from 1; x0 is the predicted clean latent
-        control, hint       the kind of ControlNet, and the image that it looks at, or a hint as the network takes it
+        control, hint       the kind of ControlNet, and the image that it sees, or the network's input as a tensor
         mask                image of the initial or hint image's size: only what is white (above 127) is painted
         control_strength    factor of the ControlNet's feature maps
         """
@@ -290,7 +290,7 @@ class Cascade:
         for i, (x, x0) in enumerate(progress, start=1):
             finite.append(x.isfinite().all())
             if i == steps or callback or self.device.type == "cpu":  # elsewhere reading it waits for the device
-                failed = 1 + int(torch.stack(finite).int().argmin())  # the first step that is not
+                failed = 1 + int(torch.stack(finite).int().argmin())  # the first non-finite step
                 self.check_finite(name, x, f" after step {failed} of {steps}")
             if callback:
                 callback(i, x0)
@@ -304,7 +304,7 @@ class Cascade:
             check_tensor(f"{self.file(name)}: {key}", condition[key], (None, None, widths[key]))
 
     def _check_control(self, name, config, control):
-        """Has this network the residual blocks that the ControlNet is for, with as many channels?"""
+        """Checks that the ControlNet's feature maps fit the residual blocks of this network."""
         widths = dict(enumerate(config.residual_widths))
         for block, feature_map in control.items():
             width, channels = widths.get(block, 0), feature_map.shape[1]
@@ -416,7 +416,7 @@ class Cascade:
         check(network=name)
         network = self.kept.get(name)
         if network is None:
-            if self.device.type in ("cuda", "mps"):     # what the previous network took
+            if self.device.type in ("cuda", "mps"):     # the memory of the previous network
                 getattr(torch, self.device.type).empty_cache()
             network = self._load(name)
             for field, channels in CHANNELS.items():
@@ -1249,7 +1249,7 @@ def show_previews(cascade, folder=None, animation=None):
         pixels = cascade.check_finite("previewer", pixels).clamp(0, 1)
         if folder:
             row = torch.cat(list(pixels), dim=2)  # (3, 8 * Hc, N * 8 * Wc)
-            image = to_pillow(row.permute(1, 2, 0).cpu().numpy())
+            image, = to_output(row[None], "pil")
             write_file(preview_path(folder, step), png(image, {"step": str(step)}))
         if animation:
             animation.add_preview(pixels)
@@ -1282,7 +1282,7 @@ class Animation:
         self.add_frame()
 
     def to_half(self, pixels):
-        image = to_pillow(pixels[0].permute(1, 2, 0).cpu().numpy())
+        image, = to_output(pixels[:1], "pil")
         return image.resize(self.half_size, Image.Resampling.BICUBIC)
 
     def add_frame(self):

@@ -693,8 +693,8 @@ PREFIXES = (
     "model.diffusion_model.",                           # ComfyUI: Stage C or Stage B
     "vae.encoder.", "vae.previewer.", "vae.",           # the semantic encoder and the previewer, or Stage A
     "clip_l_vision.")                                   # the image encoder
-UNUSED = ("logit_scale", ".position_ids", "vae.encoder.mean", "vae.encoder.std")    # ends of names without weights
-# Other files' names, and ours. Query, key and value are three tensors there and one here.
+UNUSED = ("logit_scale", ".position_ids", "vae.encoder.mean", "vae.encoder.std")    # endings of names that are not weights
+# Names in other layouts, and the official ones. Query, key and value are three tensors there, and one here.
 NAMES = (
     ("attention.to_", "attention.attn.to_"),            # diffusers
     ("attn.to_out.0.", "attn.out_proj."),
@@ -717,8 +717,8 @@ def official_name(name):
         name = name.replace(theirs, ours)
     if name.endswith("text_projection"):
         name += ".weight"
-    lacks_level = r"^(text_encoder\.)?(embeddings|encoder|final_layer_norm)\."
-    return re.sub(lacks_level, r"\1text_model.\2.", name)
+    without_text_model = r"^(text_encoder\.)?(embeddings|encoder|final_layer_norm)\."
+    return re.sub(without_text_model, r"\1text_model.\2.", name)
 
 
 def is_transposed(name):
@@ -965,7 +965,7 @@ LORA_PARTS = {
     ".lora_down.weight": "down", ".lora_up.weight": "up", ".alpha": "alpha",
     ".lora_A.weight": "down", ".lora_B.weight": "up", ".lora_down": "down", ".lora_up": "up",
     "_lora.down.weight": "down", "_lora.up.weight": "up"}
-# Names for the layers of an attention block; ours; the third of the stacked rows that is meant, None for all.
+# Names of the layers of an attention block; the name here; which third of the stacked rows is meant, None for all.
 LORA_ATTENTION = (
     ("attention_(attn_)?(to_out|to_out_0|to_out_proj)", "attention_attn_out_proj", None),
     ("attention_attn_in_proj", "attention_attn_in_proj_weight", None),

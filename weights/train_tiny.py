@@ -52,7 +52,7 @@ from model import (                                                             
     Previewer, PreviewerConfig, SemanticEncoder, SemanticEncoderConfig, StageA, StageAConfig, UNet,
     UNetConfig, load,
 )
-from sampler import alpha_bar, generators, predict_x0, sample                           # noqa: E402
+from sampler import add_noise, alpha_bar, generators, predict_x0, sample                # noqa: E402
 from text_encoder import (                                                              # noqa: E402
     END, START, ImageConfig, ImageEncoder, TextConfig, TextEncoder, Tokenizer,
 )
@@ -212,8 +212,9 @@ def train(name, network, compute_losses, steps, lr, options, optimizers=adamw, p
         if not options.minutes:
             save_checkpoint(checkpoint, network, average, step)
         if preview:
-            row = preview_row(network, average, preview)
-            rows[:] = [*rows, row] if options.minutes else [row]
+            if not options.minutes:
+                rows.clear()
+            rows.append(preview_row(network, average, preview))
             Image.fromarray(np.concatenate(rows)).save(options.work / f"{name}.png")
 
     step = start
@@ -464,13 +465,6 @@ def train_clip(options):
 
 # ---- both UNets ------------------------------------------------------------------------------------
 
-def add_noise(x0, t):
-    """Latents at the times t (B,) -> the noisy latents and their noise, both shaped like x0."""
-    a = alpha_bar(t)[:, None, None, None]                                               # (B, 1, 1, 1)
-    noise = torch.randn_like(x0)
-    return a.sqrt() * x0 + (1 - a).sqrt() * noise, noise
-
-
 def noise_loss(unet, x0, focus=1.0, **condition):
     """Predicts the noise on the cosine schedule, in fp32: half precision would drown x0 near t = 1.
 
@@ -480,9 +474,10 @@ def noise_loss(unet, x0, focus=1.0, **condition):
     """
     t = torch.rand(len(x0)) ** 0.6
     t = torch.where(torch.rand(len(x0)) < 0.1, 0.97 + 0.03 * t, t)                      # (B,)
-    x, noise = add_noise(x0, t)
+    a = alpha_bar(t)                                                                    # (B,)
+    noise = torch.randn_like(x0)
+    x = add_noise(x0, noise, a[:, None, None, None])
     error = (focus * (unet(x, t, **condition) - noise) ** 2).mean((1, 2, 3))            # (B,)
-    a = alpha_bar(t)
     on_x0 = (1 - a) / a                                         # an error of eps causes this error of x0
     weight = on_x0 * (1 / (1 - a)).clamp(max=10)
     return {"noise": (error * weight.clamp(0.1, 200)).mean()}
@@ -501,8 +496,9 @@ def use_precision(unet, options):
 def predict_from_noise(unet, x0, t=0.9, **condition):
     """The network's prediction of x0 from its noisy version at time t."""
     t = torch.full((len(x0),), t)
-    x, _ = add_noise(x0, t)
-    return predict_x0(x, unet(x, t, **condition), alpha_bar(t)[:, None, None, None])
+    a = alpha_bar(t)[:, None, None, None]                                               # (B, 1, 1, 1)
+    x = add_noise(x0, torch.randn_like(x0), a)
+    return predict_x0(x, unet(x, t, **condition), a)
 
 
 # ---- Stage B ---------------------------------------------------------------------------------------

@@ -258,6 +258,21 @@ class Parser(argparse.ArgumentParser):
         raise FileError(message)
 
 
+def exit_status(program, expected_error, command):
+    """Runs a command -> its exit status (none is 0), or 2 after one line about an expected error. A closed pipe, as of
+    `head`, is no error."""
+    try:
+        status = command() or 0
+        sys.stdout.flush()
+        return status
+    except expected_error as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
 def main(arguments=None):
     parser = Parser(
         prog="compare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -266,16 +281,7 @@ def main(arguments=None):
     add("other")
     add("--type", default="fp32", choices=("fp32", "bf16", "fp16"), help="what the port computes in")
     add("--json", action="store_true", help="all results, as one JSON object")
-    try:
-        status = run(parser.parse_args(arguments))
-        sys.stdout.flush()
-        return status
-    except FileError as error:
-        print(f"compare.py: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:                             # piped to head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    return exit_status("compare.py", FileError, lambda: run(parser.parse_args(arguments)))
 
 
 if __name__ == "__main__":

@@ -64,7 +64,6 @@ if __name__ == "__main__" and "--compare" in sys.argv:  # before PyTorch is impo
 import argparse
 import hashlib
 import json
-import os
 import re
 from collections import Counter
 from fnmatch import fnmatchcase
@@ -362,15 +361,7 @@ def parse(arguments):
 
 def main(arguments=None):
     """Returns the exit status: 0, or 2 after one line that says what went wrong."""
-    try:
-        run(parse(arguments))
-        return 0
-    except CascadeError as error:
-        print(f"trace.py: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:                             # piped to head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    return compare.exit_status("trace.py", CascadeError, lambda: run(parse(arguments)))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ import shapes
 from cascade import Cascade
 from exercises import PROMPT, SEED
 from model import CLIP_TOKENS, TIME_DIM
-from sampler import alpha_bar, draw_noise, generators, sample, timesteps
+from sampler import add_noise, alpha_bar, draw_noise, generators, sample, timesteps
 from text_encoder import Tokenizer
 
 SCENE = shapes.Scene(                                   # a true image, for the figure about noise
@@ -324,7 +324,7 @@ def noise(path, run):
     header, cells = [], []
     for t in (0.0, 0.25, 0.5, 0.75, 0.9, 1.0):
         a = alpha_bar(torch.tensor(t))
-        cells.append(as_image(stage_a.decode(a.sqrt() * x0 + (1 - a).sqrt() * eps)))
+        cells.append(as_image(stage_a.decode(add_noise(x0, eps, a))))
         header.append(f"t = {t:g}\na = {a:.{4 if min(a, 1 - a) < 0.005 else 2}f}")
     sheet(path, [("x, seen through Stage A", cells)], header)
 
