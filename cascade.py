@@ -379,9 +379,9 @@ class Cascade:
         if torch.is_tensor(image):
             check_tensor("init_image", image, (None, 16, Hc, Wc))
             return image
-        return self._encode_pixels(load_pixels(image, width, height, compression))
+        return self.encode_pixels(load_pixels(image, width, height, compression))
 
-    def _encode_pixels(self, pixels):
+    def encode_pixels(self, pixels):
         """(1, 3, 32 * Hc, 32 * Wc) -> the semantic latent (1, 16, Hc, Wc), fp32."""
         encoder = self.network("effnet_encoder")
         latent = encoder(pixels.to(self.device, self.dtypes["effnet_encoder"]))
@@ -404,7 +404,7 @@ class Cascade:
             white = F.adaptive_max_pool2d(white, (32 * Hc, 32 * Wc))  # (1, 1, 32 * Hc, 32 * Wc)
             hint = torch.cat([pixels.maximum(white), white], dim=1)  # (1, 4, 32 * Hc, 32 * Wc)
         else:
-            latent = self._encode_pixels(load_pixels(hint, width // 2, height // 2, compression))
+            latent = self.encode_pixels(load_pixels(hint, width // 2, height // 2, compression))
             hint = F.interpolate(latent, scale_factor=2, mode="nearest")
         maps = self.network(name)(hint.to(self.device, self.dtypes[name]))
         for value in maps.values():
@@ -436,7 +436,7 @@ class Cascade:
                 for word in self.tokens.values():
                     words.append(bpe.encode(word, add_special_tokens=False).ids)
             return text_encoder.load(*where, name, self.loras, words)
-        loras = self.loras if name == "stage_c" else ()
+        loras = self.loras if name in ("stage_c", "stage_b") else ()
         return model.load(*where, name.split("/")[0], NETWORKS, loras)
 
     def file(self, name: str) -> Path:

@@ -946,10 +946,10 @@ def load(path, device: torch.device | str = "cpu", dtype: torch.dtype | None = N
         config = read_config(weights)
         with torch.device("meta"):
             network = network_class(config)
-    require(not loras or name in ("stage_c", "text_encoder"), f"{path}: a {name} takes no LoRA")
+    require(not loras or name in ("stage_c", "stage_b", "text_encoder"), f"{path}: a {name} takes no LoRA")
     changes = []
     for file, strength in loras:
-        with reading(file, "a LoRA for Stage C or the text encoder"):
+        with reading(file, "a LoRA for Stage C, Stage B or the text encoder"):
             changes.append(Lora(file, strength, network))
     return weights.load_into(network, device, dtype, changes)
 
@@ -960,6 +960,7 @@ def load(path, device: torch.device | str = "cpu", dtype: torch.dtype | None = N
 LORA_PREFIXES = (
     "lora_unet_", "lora_te_",                                       # kohya; OneTrainer since 2026
     "lora_prior_unet_", "lora_prior_prior_", "lora_prior_te_",      # OneTrainer since 2024
+    "lora_decoder_unet_",                                           # Stage B's, by weights/finetune.py
     "prior_", "text_encoder_", "diffusion_model_")                  # diffusers' style, ComfyUI
 LORA_PARTS = {
     ".lora_down.weight": "down", ".lora_up.weight": "up", ".alpha": "alpha",
@@ -977,7 +978,7 @@ LORA_TOKENS = ("embeddings.embeddings", "embeddings.indices")       # see text_e
 
 class Lora:
     """What a LoRA file adds to a network's weights: strength * alpha / rank * up @ down (Hu et al., 2021, section 4.1).
-    The layers of Stage C and those of the text encoder may be in one file; each network leaves the other's alone."""
+    The layers of Stage C, Stage B and the text encoder may be in one file; each network leaves the others' alone."""
     def __init__(self, path, strength: float, network: nn.Module):
         self.strength = strength
         self.weights = Weights(path, rename=False)
@@ -989,8 +990,12 @@ class Lora:
         for tensor in self.weights:
             if tensor not in LORA_TOKENS:
                 layer, third, part = self._parse(tensor)
-                is_text = layer.startswith("text_")
-                if is_text == ("text_projection" in names):
+                marker = "clip_txt_mapper"              # a layer that only Stage C has
+                if tensor.startswith("lora_decoder_unet_"):
+                    marker = "clip_mapper"              # Stage B
+                elif layer.startswith("text_"):
+                    marker = "text_projection"          # the text encoder
+                if marker in names:
                     require(layer in names, f"{path}: {tensor}: Stage C and the text encoder have no such layer")
                     found.setdefault((layer, third), {})[part] = tensor
         for (layer, third), parts in found.items():

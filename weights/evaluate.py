@@ -200,9 +200,9 @@ def stage_a_alone(cascade, scenes):
 
 # ---- scores ----------------------------------------------------------------------------------------
 
-def detect(images):
+def detect(images, **lists):
     """Images (N, 128, 128, 3) in [0, 1] -> the scenes that they show."""
-    return [shapes.detect((image * 255).round().astype(np.uint8)) for image in images]
+    return [shapes.detect((image * 255).round().astype(np.uint8), **lists) for image in images]
 
 
 def accuracy(scenes, detected):

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 from drawing import (
-    BLUE, CELL, FONT, GAP, GREY, HERE, INK, LEADING, LINE, OFFICIAL, ORANGE, PALE, Drawing, as_image,
-    channel_maps, colours, official, paste, save, sheet, write_text)
+    BLUE, CELL, FONT, GAP, GREY, HERE, INK, LEADING, LINE, ORANGE, PALE, Drawing, as_image,
+    channel_maps, colours, paste, save, sheet, write_text)
 from PIL import Image, ImageDraw
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -28,6 +28,7 @@ import shapes
 from cascade import Cascade
 from exercises import PROMPT, SEED
 from model import CLIP_TOKENS, TIME_DIM
+from official import OFFICIAL, official
 from sampler import add_noise, alpha_bar, draw_noise, generators, sample, timesteps
 from text_encoder import Tokenizer
 

@@ -1,0 +1,286 @@
+"""What fine-tuning can do, shown on the tiny cascade: writes the training data of the demonstrations, scores their
+results, and draws lora.png, controlnet.png and extensions.png.
+
+    python weights/figures/make_extensions.py data hexagon DATA         images with captions, for weights/finetune.py
+    python weights/figures/make_extensions.py join C B OUT              one LoRA file of two
+    python weights/figures/make_extensions.py score hexagon             the rows of weights/README.md
+    python weights/figures/make_extensions.py score pink --weights FOLDER
+    python weights/figures/make_extensions.py draw --pink FOLDER
+
+The demonstrations: a new shape (hexagon), a new token for a look (outline), a ninth colour (pink), a ControlNet
+(canny), sampling in 4 steps (lcm), and repainting one of two objects (inpainting).
+"""
+import argparse
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from drawing import HERE, sheet
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import evaluate
+import shapes
+from cascade import Cascade
+from shapes import COLOURS, NEW_COLOURS, NEW_SHAPES, SHAPES, pick
+
+TINY = HERE.parent / "tiny"
+FOLDER = TINY / "extensions"
+IMAGES = {"hexagon": (200, 400), "outline": (400, 400), "pink": (1000, 1000), "known": (0, 4000)}  # new, known
+TOKEN = {"[outline]": "ring"}
+DATA_SEED, TEST_SEED = 2001, 2002
+
+
+# ---- training data -----------------------------------------------------------------------------------
+
+def change_object(scene, rng, **attributes):
+    """The scene with other attributes of one of its objects."""
+    items = list(scene.objects)
+    i = int(rng.integers(len(items)))
+    items[i] = replace(items[i], **attributes)
+    return replace(scene, objects=tuple(items))
+
+
+def add_new(scene, rng, name):
+    """The scene with what the demonstration teaches."""
+    if name == "hexagon":
+        return change_object(scene, rng, shape="hexagon")
+    if name == "outline":
+        return change_object(scene, rng, shape=pick(rng, NEW_SHAPES[1:]))
+    if rng.random() < 0.3:
+        return replace(scene, background="pink")
+    return change_object(scene, rng, colour="pink")
+
+
+def write_data(name, folder):
+    folder.mkdir(parents=True)
+    new, known = IMAGES[name]
+    for i in range(new + known):
+        rng = np.random.default_rng([DATA_SEED, i])
+        scene = shapes.sample_scene(rng)
+        scene = add_new(scene, rng, name) if i < new else scene
+        text = shapes.caption(scene, rng, fillers=0)
+        while i < new and name not in text.lower():     # the caption names what is new
+            text = shapes.caption(scene, rng, fillers=0)
+        Image.fromarray(shapes.render(scene)).save(folder / f"{i:04}.png")
+        (folder / f"{i:04}.txt").write_text(text)
+
+
+# ---- prompts and scores ------------------------------------------------------------------------------
+
+def new_prompts(count, name, two):
+    prompts = []
+    for i in range(count):
+        rng = np.random.default_rng([TEST_SEED, i])
+        scene = add_new(shapes.sample_scene(rng, two), rng, name)
+        prompts.append((caption(scene), scene))
+    return prompts
+
+
+def caption(scene):
+    return shapes.full_caption(scene).replace("outlined", "[outline]")
+
+
+def print_row(name, cascade, prompts, **how):
+    start = time.time()
+    found = evaluate.detect(evaluate.draw(cascade, prompts, **how),
+                            shapes=SHAPES + NEW_SHAPES, colours=COLOURS | NEW_COLOURS)
+    evaluate.print_row(name, evaluate.accuracy([scene for _, scene in prompts], found), time.time() - start)
+
+
+def known_rows(cascade, count, **how):
+    for two, text in ((0, "one object, seen"), (1, "two objects, seen")):
+        print_row(text, cascade, evaluate.full_prompts(count, two, held=False), **how)
+
+
+def score_lora(options):
+    name = options.name
+    tokens = TOKEN if name == "outline" else None
+    for strength in (0.0, 0.5, 1.0):
+        loras = [(FOLDER / f"{name}.safetensors", strength)]
+        cascade = Cascade(options.weights, "cpu", keep=True, loras=loras, tokens=tokens)
+        for two in (0, 1):
+            text = f"{name}, {1 + two} objects, strength {strength}"
+            print_row(text, cascade, new_prompts(options.count, name, two))
+    known_rows(cascade, options.count)
+
+
+def score_full(options):
+    cascade = Cascade(options.weights, "cpu", keep=True)
+    for two in (0, 1):
+        print_row(f"pink, {1 + two} objects", cascade, new_prompts(options.count, "pink", two))
+    known_rows(cascade, options.count)
+
+
+FEW_STEPS = {"recipe": "lcm", "steps": 4, "decoder_steps": 4, "guidance": 1.0}
+
+
+def score_lcm(options):
+    lora = [(FOLDER / "lcm.safetensors", 1.0)]
+    for text, loras, how in (("20 + 10 steps, guidance 4", [], {}), ("lcm, 4 + 4 steps, guidance 1, no LoRA", [], FEW_STEPS),
+                             ("lcm, 4 + 4 steps, guidance 1, LoRA", lora, FEW_STEPS)):
+        print(text)
+        cascade = Cascade(options.weights, "cpu", keep=True, loras=loras)
+        known_rows(cascade, options.count, **how)
+        print_row("two joined by 'and'", cascade, evaluate.and_prompts(options.count, False), **how)
+        print_row("vague", cascade, evaluate.vague_prompts(options.count), **how)
+
+
+def silhouette(scene):
+    """The scene's objects in white on black."""
+    objects = tuple(replace(item, colour="white") for item in scene.objects)
+    return Image.fromarray(shapes.render(replace(scene, background="black", objects=objects)))
+
+
+def score_canny(options):
+    """The overlap of what has the prompt's colour with the shape whose outline is the hint."""
+    cascade = Cascade(options.weights, "cpu", keep=True)
+    overlaps = []
+    for i in range(options.count):
+        scene = shapes.sample_scene(np.random.default_rng([TEST_SEED, i]), two=0)
+        item, = scene.objects
+        text = f"{shapes.with_article('a', item.colour)} {item.shape} on a {scene.background} background"
+        hint = silhouette(scene)
+        shape = np.asarray(hint.convert("L")) > 127                                     # (128, 128)
+        row = []
+        for options_of_image in ({"control": "canny", "hint": hint}, {}):
+            image, = cascade(text, seed=i, output="np", **options_of_image)
+            drawn = shapes.nearest_colour(255 * image, COLOURS) == list(COLOURS).index(item.colour)
+            row.append((drawn & shape).sum() / (drawn | shape).sum())
+        overlaps.append(row)
+    overlaps = np.array(overlaps)                                                       # (count, 2)
+    for text, column in zip(("with", "without"), overlaps.T):
+        print(f"canny, {text} the hint: IoU of 0.8 or more in {100 * np.mean(column >= 0.8):.1f} % of "
+              f"{len(column)} images, median {np.median(column):.2f}")
+
+
+def repaint(cascade, scene, target, seed):
+    """Masks the second object of the scene's image and asks for the target -> the mask and the new image."""
+    second = scene.objects[1]
+    mask = np.zeros((shapes.SIDE, shapes.SIDE), np.uint8)
+    middle = shapes.SIDE // 2
+    rows, columns = np.indices(mask.shape)
+    horizontal = shapes.relation(scene) in ("left of", "right of")
+    positions, centre = (columns, second.x) if horizontal else (rows, second.y)
+    mask[(positions < middle) == (centre < middle)] = 255
+    mask = Image.fromarray(mask)
+    image, = cascade(shapes.full_caption(target), seed=seed, output="np", strength=1.0,
+                     init_image=Image.fromarray(shapes.render(scene)), mask=mask)
+    return mask, image
+
+
+def repainting(i):
+    """A scene with two objects, and the same with another shape in place of the second."""
+    rng = np.random.default_rng([TEST_SEED, i])
+    scene = shapes.sample_scene(rng, two=1)
+    first, second = scene.objects
+    other = pick(rng, [shape for shape in SHAPES if shape != second.shape])
+    return scene, replace(scene, objects=(first, replace(second, shape=other)))
+
+
+def score_inpainting(options):
+    cascade = Cascade(options.weights, "cpu", keep=True)
+    stayed = []
+    right = []
+    for i in range(options.count):
+        scene, target = repainting(i)
+        _, image = repaint(cascade, scene, target, seed=i)
+        found, = evaluate.detect([image])
+        first = scene.objects[0]
+        same = [item for item in found.objects if (item.shape, item.colour) == (first.shape, first.colour)
+                and np.hypot(item.x - first.x, item.y - first.y) < 8]
+        stayed.append(len(same) > 0)
+        right.append(shapes.score(target, found)["all"])
+    print(f"inpainting: the object outside the mask stays in {100 * np.mean(stayed):.1f} % of {len(stayed)} images; "
+          f"the whole image is as asked for in {100 * np.mean(right):.1f} %")
+
+
+SCORES = {"hexagon": score_lora, "outline": score_lora, "pink": score_full, "lcm": score_lcm,
+          "canny": score_canny, "inpainting": score_inpainting}
+
+
+# ---- figures -----------------------------------------------------------------------------------------
+
+def draw_lora(options):
+    prompts = ["a large red hexagon on a white background", "a small yellow hexagon on a blue background",
+               "a green hexagon above a purple star on a black background"]
+    rows = []
+    for strength in (0.0, 0.5, 1.0):
+        cascade = Cascade(device="cpu", loras=[(FOLDER / "hexagon.safetensors", strength)])
+        rows.append((f"strength {strength}", cascade(prompts, images=2, output="np")))
+    sheet(options.out / "lora.png", rows, [prompts[i // 2] for i in range(6)])
+
+
+def draw_controlnet(options):
+    cascade = Cascade(device="cpu", keep=True)
+    rows = [("hint", []), ("“a … on a white background”", []), ("the same seed without the hint", [])]
+    for i, colour in enumerate(("red", "blue", "green", "orange", "purple", "black")):
+        scene = shapes.sample_scene(np.random.default_rng([TEST_SEED, i]), two=0)
+        text = f"{shapes.with_article('a', colour)} {scene.objects[0].shape} on a white background"
+        hint = silhouette(scene)
+        rows[0][1].append(np.asarray(hint) / 255)
+        rows[1][1].append(cascade(text, seed=i, output="np", control="canny", hint=hint)[0])
+        rows[2][1].append(cascade(text, seed=i, output="np")[0])
+    sheet(options.out / "controlnet.png", rows)
+
+
+def draw_others(options):
+    rows = []
+    cascade = Cascade(device="cpu", loras=[(FOLDER / "outline.safetensors", 1.0)], tokens=TOKEN)
+    texts = [f"a {size} {colour} [outline] {shape} on a {background} background" for size, colour, shape, background in (
+        ("large", "red", "square", "white"), ("large", "black", "heart", "yellow"), ("small", "white", "star", "blue"),
+        ("large", "purple", "triangle", "orange"), ("large", "green", "star", "black"), ("small", "red", "heart", "white"))]
+    rows.append(("the new token [outline]", cascade(texts, output="np"), texts))
+    texts = ["a large pink star on a black background", "a small pink circle on a blue background", "a white ring on pink",
+             "a pink heart left of a red square", "something pink", "a yellow triangle on a pink background"]
+    for title, folder in (("before: it has not seen pink", TINY), ("after fine-tuning on a ninth colour", options.pink)):
+        rows.append((title, Cascade(folder, "cpu")(texts, output="np"), texts))
+    images = [[], [], []]
+    cascade = Cascade(device="cpu", keep=True)
+    for i in range(6):
+        scene, target = repainting(i)
+        mask, image = repaint(cascade, scene, target, seed=i)
+        for row, cell in zip(images, (shapes.render(scene) / 255, np.asarray(mask.convert("RGB")) / 255, image)):
+            row.append(cell)
+    rows += zip(("image", "mask", "repainted"), images)
+    texts = ["a red circle and a blue square", "a star", "a small black ring above a large orange triangle",
+             "two purple hearts", "something white", "a green heart on yellow"]
+    rows.append(("20 + 10 steps, guidance 4", cascade(texts, output="np")))
+    for title, loras in (("lcm, 4 + 4 steps, guidance 1", []), ("the same with the LoRA", [FOLDER / "lcm.safetensors"])):
+        cascade = Cascade(device="cpu", loras=[(file, 1.0) for file in loras])
+        rows.append((title, cascade(texts, output="np", **FEW_STEPS), texts))
+    sheet(options.out / "extensions.png", rows)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    data = commands.add_parser("data", help="write images with captions")
+    data.add_argument("name", choices=IMAGES)
+    data.add_argument("folder", type=Path)
+    join = commands.add_parser("join", help="one LoRA file of two")
+    join.add_argument("files", type=Path, nargs=3, metavar="FILE")
+    score = commands.add_parser("score", help="print the rows of a demonstration")
+    score.add_argument("name", choices=SCORES)
+    score.add_argument("--weights", type=Path, default=TINY)
+    score.add_argument("--count", type=int, default=400, help="images per row (default: %(default)s)")
+    draw = commands.add_parser("draw", help="draw the figures")
+    draw.add_argument("--pink", type=Path, required=True, help="weights folder that was fine-tuned on pink")
+    draw.add_argument("--out", type=Path, default=HERE)
+    options = parser.parse_args()
+    if options.command == "data":
+        write_data(options.name, options.folder)
+    elif options.command == "join":
+        first, second, out = options.files
+        tensors = load_file(first) | load_file(second)
+        save_file({name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}, out)
+    elif options.command == "score":
+        SCORES[options.name](options)
+    else:
+        for draw_sheet in (draw_lora, draw_controlnet, draw_others):
+            draw_sheet(options)
+
+
+if __name__ == "__main__":
+    main()

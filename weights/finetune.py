@@ -1,0 +1,382 @@
+"""Fine-tunes Stage C or Stage B on a folder of images (x.png, x.jpg) with captions (x.txt).
+
+    python weights/finetune.py DATA --what lora --out lora.safetensors
+    python weights/finetune.py DATA --what full --out stage_c.safetensors
+    python weights/finetune.py DATA --what controlnet --kind canny --out canny.safetensors
+    python weights/finetune.py --plan                       # the memory that each of these needs
+
+Images and captions are encoded once, before training. Every --save-every updates a checkpoint and sample images are
+written next to OUT; the same command continues from there, and ends with the same weights as without interruption.
+
+Loss, weighting, dropout of conditions, optimiser and defaults are those of the original code (training.py). It differs
+in the following, mostly to stay short:
+
+- Images are cropped to one size; the original has batches of several aspect ratios.
+- No dropout inside the network, and no warm-up; the original has 0.1 except for LoRAs, and one update with rate 0.
+- A LoRA may also train Stage B (--stage b).
+- An inpainting ControlNet learns from random rectangles; the original finds objects with a network of its own.
+- --weight x0 is for few updates, as on the tiny cascade: the original's weights hardly count the noisiest latents, in
+  which the content of an image is decided.
+
+Shapes: B batch, N images, L tokens, semantic latents (B, 16, Hc, Wc), image latents (B, 4, Hb, Wb).
+"""
+import argparse
+import json
+import math
+import sys
+from functools import partial
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+import memory                                                                           # noqa: E402
+from cascade import Cascade, canny_hint, load_pixels, to_pillow, token_and_word         # noqa: E402
+from lora import add_lora, add_tokens, lora_tensors                                     # noqa: E402
+from model import (                                                                     # noqa: E402
+    CONTROL_BLOCKS, CascadeError, ControlNet, ControlNetConfig, Weights, exists, load, out_of_memory, reading, require,
+)
+from sampler import RECIPES, generators, sample                                         # noqa: E402
+from training import (                                                                  # noqa: E402
+    AdaptiveWeight, Training, noise_loss, p2_weight, pyramid_noise, save, x0_weight,
+)
+
+IMAGES = (".png", ".jpg", ".jpeg", ".webp")
+HINT_CHANNELS = {"canny": 1, "inpainting": 4, "super_resolution": 16}
+SAMPLES = 4                                             # sample images, of the first captions
+
+
+# ---- data --------------------------------------------------------------------------------------------
+
+def read_folder(folder):
+    """The image files and their captions, in the order of their names."""
+    require(folder.is_dir(), f"{folder}: expected a folder of images with captions")
+    files = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in IMAGES]
+    require(files, f"{folder}: expected images ({', '.join(IMAGES)}), found none")
+    captions = []
+    for path in files:
+        with reading(path, "an image"), Image.open(path) as image:
+            image.verify()
+        with reading(path.with_suffix(".txt"), "a caption in UTF-8"):
+            captions.append(path.with_suffix(".txt").read_text("utf-8").strip())
+    return files, captions
+
+
+class Data:
+    """Everything that a training reads, encoded by the frozen networks of a cascade."""
+    def __init__(self, options, cascade, files, captions):
+        self.options = options
+        self.captions = captions
+        self.device = cascade.device
+        size = {"width": options.width, "height": options.height}
+        self.samples = encode(
+            "samples", files[:SAMPLES], lambda file: cascade.encode_semantic(file, **size))  # (4, 16, Hc, Wc)
+        self.images = self.hints = None
+        if options.token:
+            self.tokenizer, self.encoder, self.new_tokens = add_tokens(cascade, options.token)
+        else:
+            texts = encode("captions", [*captions, ""], lambda text: encode_text(cascade, text))
+            self.hidden = texts[:, :-1]                                                 # (N + 1, L, D)
+            self.pooled = texts[:, -1:]                                                 # (N + 1, 1, D)
+        if options.stage == "c":
+            self.x0 = encode("semantic latents", files, lambda file: cascade.encode_semantic(file, **size))
+            if has_network(cascade, "image_encoder"):
+                self.images = encode("image embeddings", files, cascade.encode_image)   # (N, E)
+        else:
+            stage_a = cascade.network("stage_a")
+            self.x0 = encode("image latents", files, lambda file: stage_a.encode(
+                load_pixels(file, **size, compression=32).to(cascade.device, cascade.dtypes["stage_a"])))
+            self.semantics = {}                         # {rows of the image that is encoded: (N, 16, Hc, Wc)}
+            low, high = (int(scale * options.height) // 32 for scale in options.semantic_scale)
+            for height in range(32 * low, 32 * high + 1, 32):
+                sides = height, height * options.width // options.height // 32 * 32
+                self.semantics[height] = encode(f"semantic latents, {height} rows", files, lambda file: (
+                    cascade.encode_pixels(F.interpolate(load_pixels(file, **size, compression=32), sides))))
+        if options.what == "controlnet":
+            self.hints = encode("hints", files, lambda file: make_hint(
+                options.kind, cascade, load_pixels(file, **size)))
+
+    def text(self, rows, no_caption):
+        """hidden (B, L, D) and pooled (B, 1, D) of the captions of these images, or of ""."""
+        if self.options.token:
+            captions = ["" if drop else self.captions[row] for row, drop in zip(rows, no_caption)]
+            ids, mask = self.tokenizer(captions)
+            return self.encoder(ids.to(self.device), mask.to(self.device))
+        rows = torch.where(no_caption, len(self.captions), rows)
+        return self.hidden[rows].to(self.device).float(), self.pooled[rows].to(self.device).float()
+
+    def hint(self, rows):
+        hint = self.hints[rows].float()
+        if self.options.kind == "inpainting":
+            hint = torch.stack([mask_pixels(image) for image in hint])
+        return hint.to(self.device)
+
+    def batch(self):
+        """A random batch: x0, the condition, and the numbers of the images."""
+        rows = torch.randint(len(self.captions), (self.options.batch,))                 # (B)
+        hidden, pooled = self.text(rows, no_caption=torch.rand(len(rows)) < 0.05)
+        if self.options.stage == "c":
+            condition = {"clip_text": hidden, "clip_text_pooled": pooled}
+            if self.images is not None:
+                shown = torch.rand(len(rows), 1) < 0.1
+                condition["clip_img"] = (self.images[rows] * shown).to(self.device).float()    # (B, E)
+        else:
+            height = list(self.semantics)[int(torch.randint(len(self.semantics), ()))]
+            shown = torch.rand(len(rows), 1, 1, 1) < 0.9
+            semantic = (self.semantics[height][rows] * shown).to(self.device).float()   # (B, 16, Hc, Wc)
+            condition = {"clip_text_pooled": pooled, "effnet": semantic}
+        return self.x0[rows].to(self.device).float(), condition, rows
+
+
+def encode(what, items, function):
+    """function(item) -> (1, ...) for every item, in fp16 on the CPU: (N, ...)."""
+    with torch.no_grad(), tqdm(items, what, leave=False) as progress:
+        return torch.cat([function(item).half().cpu() for item in progress])
+
+
+def encode_text(cascade, caption):
+    """The rows of the text encoder, and after them the pooled one: (1, L + 1, D)."""
+    text = cascade.encode_prompt(caption)
+    return torch.cat([text.hidden[:1], text.pooled[:1]], dim=1)
+
+
+def has_network(cascade, name):
+    try:
+        return exists(cascade.file(name))
+    except CascadeError:
+        return False
+
+
+def make_hint(kind, cascade, pixels):
+    """Pixels (1, 3, H, W) -> what a ControlNet sees of them; for inpainting still without a mask."""
+    if kind == "canny":
+        return canny_hint(pixels)                                                       # (1, 1, H, W)
+    if kind == "inpainting":
+        return pixels
+    latent = cascade.encode_pixels(F.interpolate(pixels, scale_factor=0.5))
+    return F.interpolate(latent, scale_factor=2)                                        # (1, 16, Hc, Wc)
+
+
+def mask_pixels(image):
+    """An image (3, H, W), white in a random rectangle or, 2 of 5 times, outside it; and the mask: (4, H, W)."""
+    mask = torch.zeros_like(image[:1])                                                  # (1, H, W)
+    corners = torch.rand(2, 2).sort(dim=0).values * torch.tensor(mask.shape[1:])        # ((top, left), …)
+    (top, left), (bottom, right) = corners.int().tolist()
+    mask[:, top:bottom + 1, left:right + 1] = 1
+    if torch.rand(()) < 0.4:
+        mask = 1 - mask
+    return torch.cat([image.maximum(mask), mask])
+
+
+# ---- what is trained ---------------------------------------------------------------------------------
+
+def new_controlnet(options, cascade, widths):
+    """A ControlNet that has no effect yet, as its last layers are zero. Its backbone starts as the semantic encoder's,
+    whose first layer is cut to the hint's channels or filled up with zeros; for super-resolution at random."""
+    blocks = CONTROL_BLOCKS
+    if len(widths) <= CONTROL_BLOCKS[-1]:               # a small network: all of its outer levels
+        blocks = tuple(i for i, width in enumerate(widths) if width == widths[0])
+    channels = HINT_CHANNELS[options.kind]
+    if options.kind == "super_resolution":
+        controlnet = ControlNet(ControlNetConfig(channels, blocks=blocks, unet_width=widths[0]))
+    else:
+        encoder = cascade.network("effnet_encoder")
+        controlnet = ControlNet(ControlNetConfig(
+            channels, encoder.config, features=encoder.config.head, blocks=blocks, unet_width=widths[0]))
+        backbone = encoder.backbone.state_dict()
+        stem = torch.zeros_like(controlnet.backbone[0][0].weight)
+        stem[:, :3] = backbone["0.0.weight"][:, :channels]
+        controlnet.backbone.load_state_dict(backbone | {"0.0.weight": stem})
+    for projection in controlnet.projections:
+        nn.init.zeros_(projection[2].weight)
+    return controlnet.to(cascade.device).eval()
+
+
+# ---- training ----------------------------------------------------------------------------------------
+
+def make_preview(options, cascade, unet, controlnet, data, steps=20, guidance=4.0, recipe=RECIPES["diffusers"]):
+    """Returns a function that adds a row to OUT.png: an image for each of the first captions."""
+    rows = []
+
+    @torch.no_grad()
+    def preview():
+        images = []
+        for i in range(len(data.samples)):
+            text = cascade.encode_prompt(data.captions[i])
+            latents = data.samples[i:i + 1].float()                                     # (1, 16, Hc, Wc)
+            if options.stage == "c":
+                condition = {"clip_text": text.hidden, "clip_text_pooled": text.pooled}
+                control = controlnet and controlnet(data.hint(torch.tensor([i])))
+                *_, (latents, _) = sample(unet, latents.shape[1:], condition, steps, guidance,
+                                          generators(i, 1), recipe, control=control)
+            images.extend(cascade.decode(
+                latents, text, width=options.width, height=options.height, seed=i, output="np"))
+        rows.append(np.concatenate(images, axis=1))                                     # (H, 4 * W, 3)
+        to_pillow(np.concatenate(rows)).save(options.out.with_suffix(".png"))
+
+    return preview
+
+
+def load_all(options):
+    """The cascade, the UNet that is trained, and the encoded data."""
+    require(not exists(options.out), f"{options.out}: this file exists; choose another --out")
+    files, captions = read_folder(options.data)
+    cascade = Cascade(options.weights, options.device, lite=options.lite, keep=True)
+    options.width, options.height = cascade.size(options.width, options.height)
+    name = f"stage_{options.stage}"
+    options.bf16 = cascade.dtypes[name] == torch.bfloat16
+    dtype = torch.bfloat16 if options.bf16 and options.what != "full" else torch.float32
+    unet = load(cascade.file(name), cascade.device, dtype, name)
+    data = Data(options, cascade, files, captions)
+    if options.checkpointing:
+        for block in chain(*unet.down_blocks, *unet.up_blocks):
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    cascade.keep = False                                # from now on other networks are loaded for a preview only
+    cascade.kept = {name: unet} | {key: cascade.kept[key] for key in ("text_encoder", "tokenizer") if options.token}
+    return cascade, unet, data
+
+
+def finetune(options):
+    cascade, unet, data = load_all(options)
+    torch.manual_seed(0)
+    controlnet = None
+    if options.what == "lora":
+        added = add_lora(unet, options.rank, options.layers)
+        parameters = dict(nn.ModuleDict(added).named_parameters())
+        if options.token:
+            parameters["new_tokens"] = data.new_tokens.change
+    elif options.what == "full":
+        unet.load_state_dict({key: value.clone() for key, value in unet.state_dict().items()}, assign=True)
+        parameters = dict(unet.requires_grad_(True).named_parameters())
+    else:
+        controlnet = new_controlnet(options, cascade, unet.config.residual_widths)
+        parameters = dict(controlnet.named_parameters())
+    weight = {"p2": p2_weight, "x0": x0_weight, "adaptive": AdaptiveWeight()}[options.weight]
+
+    def compute_loss():
+        x0, condition, rows = data.batch()
+        noise = torch.randn(x0.shape)
+        if options.stage == "b":
+            noise = pyramid_noise(noise)
+        if options.kind in ("inpainting", "super_resolution"):
+            noise = noise + 0.1 * torch.randn(*x0.shape[:2], 1, 1)
+        u = torch.rand(len(x0))
+        if controlnet:
+            condition["control"] = controlnet(data.hint(rows))
+        return noise_loss(unet, x0, noise.to(x0), u.to(x0), weight, **condition)
+
+    training = Training(options, parameters, weight)
+    training.run(compute_loss, make_preview(options, cascade, unet, controlnet, data))
+    metadata = None
+    if options.what == "lora":
+        tensors = lora_tensors(added, options.stage)
+        if options.token:
+            rows = len(data.encoder.text_model.embeddings.token_embedding.weight)
+            tensors["embeddings.embeddings"] = data.new_tokens.change.detach()
+            tensors["embeddings.indices"] = torch.arange(rows - len(options.token), rows)
+    elif options.what == "full":
+        original = Weights(cascade.file(f"stage_{options.stage}"))
+        metadata = original.metadata
+        tensors = {key: value.to(original.tensor(key).dtype) for key, value in unet.state_dict().items()}
+    else:
+        tensors = controlnet.state_dict()
+        metadata = {"blocks": json.dumps(controlnet.config.blocks)}
+    save(tensors, options.out, metadata)
+    training.path.unlink(missing_ok=True)
+
+
+# ---- the command -------------------------------------------------------------------------------------
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise CascadeError(f"{message} (--help explains the options)")
+
+
+def positive(text):
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
+    return int(text)
+
+
+def make_parser(prog="finetune.py", description=__doc__):
+    parser = Parser(prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("data", type=Path, nargs="?", metavar="DATA", help="folder of images with captions")
+    add("--plan", action="store_true", help="print the memory that training needs, and exit")
+    add("--weights", type=Path, default=HERE / "tiny", help="weights folder (default: the tiny cascade)")
+    add("--out", type=Path, help="the file to write")
+    add("--what", choices=("lora", "full", "controlnet"), default="lora")
+    add("--stage", choices=("c", "b"), default="c")
+    add("--lite", action="store_true", help="the lite Stage C or B")
+    add("--kind", choices=HINT_CHANNELS, help="of the ControlNet")
+    add("--rank", type=positive, default=4, help="of the LoRA (default: %(default)s)")
+    add("--layers", nargs="+", default=[".attn"], metavar="TEXT",
+        help="linear layers and 1x1 convolutions with one of these texts in their path (default: .attn, attention)")
+    add("--token", type=token_and_word, action="append", default=[], metavar="NEW=WORD",
+        help="a new token to train, which starts as this word")
+    add("--width", type=positive, help="of the images (default: the size in the metadata of Stage C, or 1024)")
+    add("--height", type=positive)
+    add("--semantic-scale", type=float, nargs=2, default=[0.5, 1.0], metavar=("LOW", "HIGH"),
+        help="Stage B: the image is encoded at random sizes between these fractions")
+    add("--updates", type=positive, default=10000, help="default: %(default)s")
+    add("--batch", type=positive, default=4, help="default: %(default)s")
+    add("--accumulate", type=positive, default=8, help="batches per update (default: %(default)s)")
+    add("--lr", type=float, default=1e-4, help="learning rate (default: %(default)s)")
+    add("--weight", choices=("p2", "adaptive", "x0"),
+        help="weight of the loss by noise level (default: adaptive for --what full except Stage C lite, else p2)")
+    add("--checkpointing", action="store_true", help="compute activations twice, to save memory")
+    add("--save-every", type=positive, default=500, metavar="UPDATES", help="default: %(default)s")
+    add("--device", default="auto")
+    return parser
+
+
+def parse(parser, arguments):
+    options = parser.parse_args(arguments)
+    is_controlnet = options.what == "controlnet"
+    require(options.plan or options.data and options.out, "expected DATA and --out")
+    require(is_controlnet == bool(options.kind), "--kind: expected with --what controlnet, and only there")
+    require(options.stage == "c" or not is_controlnet, "--what controlnet: expected --stage c")
+    require(not options.token or options.what == "lora" and options.stage == "c",
+            "--token: expected with --what lora and Stage C only")
+    require(math.isfinite(options.lr) and options.lr > 0, f"--lr: expected a positive number, got {options.lr}")
+    low, high = options.semantic_scale
+    require(0 < low <= high <= 1, f"--semantic-scale: expected 0 < LOW <= HIGH <= 1, got {low} {high}")
+    if options.weight is None:
+        is_adaptive = options.what == "full" and not (options.stage == "c" and options.lite)
+        options.weight = "adaptive" if is_adaptive else "p2"
+    return options
+
+
+def main(arguments=None, parser=make_parser(), train=finetune):
+    """Returns the exit status: 0, or after one line on stderr 2 (error) or 130 (interrupted)."""
+    try:
+        options = parse(parser, arguments)
+        if options.plan:
+            memory.print_table(partial(add_lora, rank=options.rank, layers=options.layers))
+        else:
+            train(options)
+        return 0
+    except CascadeError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        return 130
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        print(f"{parser.prog}: out of memory; try --checkpointing or a smaller --batch", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
