@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(ROOT / "weights"))
 
+import distil_lcm                                                                       # noqa: E402
 import finetune                                                                         # noqa: E402
-import lora                                                                             # noqa: E402
+import adapters                                                                         # noqa: E402
 import training                                                                         # noqa: E402
 
 import model                                                                            # noqa: E402
@@ -77,7 +78,7 @@ def data(tmp_path):
     for i in range(3):
         pixels = torch.randint(256, (80, 96, 3), generator=generator, dtype=torch.uint8)
         Image.fromarray(pixels.numpy()).save(folder / f"{i}.png")
-        (folder / f"{i}.txt").write_text(f"red {i}")
+        (folder / f"{i}.txt").write_text(f"red [new] {i}")
     return folder
 
 
@@ -93,8 +94,8 @@ WAYS = {
     "lora_b": ["--what", "lora", "--stage", "b"],
     "full": ["--what", "full"],
     "full_b": ["--what", "full", "--stage", "b", "--checkpointing"],
-    "canny": ["--what", "controlnet", "--kind", "canny"],
-    "inpainting": ["--what", "controlnet", "--kind", "inpainting", "--weight", "x0"],
+    "canny": ["--what", "controlnet", "--kind", "canny", "--blocks", 0, 7],
+    "inpainting": ["--what", "controlnet", "--kind", "inpainting", "--blocks", 1, 2, "--weight", "x0"],
 }
 
 
@@ -118,17 +119,31 @@ def interrupt(*_):
     raise KeyboardInterrupt
 
 
+def test_distillation_teaches_the_student_the_guided_teacher(data, weights, tmp_path, monkeypatch):
+    """The distance of one unguided step of the student from what the guided teacher draws falls."""
+    out = tmp_path / "lcm.safetensors"
+    small = ["--updates", 30, "--batch", 8, "--accumulate", 1, "--save-every", 30, "--lr", 0.02, "--device", "cpu"]
+    losses = []
+    monkeypatch.setattr(training.Training, "save", lambda self: losses.extend(self.losses))
+    arguments = [data, "--weights", weights, "--out", out, *small, "--layers", "attn", "mapper"]
+    assert distil_lcm.main(list(map(str, arguments))) == 0
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+    plain, distilled = (Cascade(weights, "cpu", loras=given)("red", steps=2, decoder_steps=1, output="pt")
+                        for given in ([], [(out, 1.0)]))
+    assert not torch.equal(plain, distilled)
+
+
 # ------------------------------------------------------------------------------ the files
 def test_a_lora_loads_to_the_numbers_that_were_trained(weights, tmp_path):
     """For both networks, with the names that ComfyUI and OneTrainer read, q, k and v apart."""
     for stage, prefix in (("c", "lora_prior_unet"), ("b", "lora_decoder_unet")):
         path = weights / f"stage_{stage}.safetensors"
         trained = model.load(path)
-        added = lora.add_lora(trained, rank=3, layers=[".attn", "mapper", "clf"])
+        added = adapters.add_lora(trained, rank=3, layers=[".attn", "mapper", "clf"])
         for change in added.values():
             torch.nn.init.normal_(change.down)
         file = tmp_path / "lora.safetensors"
-        save_file(lora.lora_tensors(added, stage), file)
+        save_file(adapters.lora_tensors(added, stage), file)
         names = set(load_file(file))
         for part in ("lora_up.weight", "lora_down.weight", "alpha"):
             assert f"{prefix}_up_blocks_0_2_attention_attn_to_k.{part}" in names
@@ -170,12 +185,13 @@ def test_trained_files_are_used(data, weights, tmp_path):
 
 def test_a_new_controlnet_has_no_effect(weights):
     cascade = Cascade(weights, "cpu")
-    for kind in finetune.HINT_CHANNELS:
-        options = finetune.parse(finetune.make_parser(), ["DATA", "--out", "x", "--what", "controlnet", "--kind", kind])
+    for kind in adapters.HINT_CHANNELS:
+        arguments = ["DATA", "--out", "x", "--what", "controlnet", "--kind", kind, "--blocks", "0", "1"]
+        options = finetune.parse(finetune.make_parser(), arguments)
         if kind != "super_resolution":                      # that one has 204 million parameters
-            controlnet = finetune.new_controlnet(options, cascade, [64, 64, 128, 64])
-            maps = controlnet(torch.rand(1, finetune.HINT_CHANNELS[kind], 64, 64))
-            assert sorted(maps) == [0, 1, 3] and all(not value.any() for value in maps.values())
+            controlnet = adapters.new_controlnet(options, cascade, [64, 64])
+            maps = controlnet(torch.rand(1, adapters.HINT_CHANNELS[kind], 64, 64))
+            assert sorted(maps) == [0, 1] and all(not value.any() for value in maps.values())
 
 
 def test_the_memory_table_counts_sixteen_bytes_for_each_trained_weight(capsys):
@@ -197,7 +213,7 @@ def test_the_memory_table_counts_sixteen_bytes_for_each_trained_weight(capsys):
     (lambda data: (data.parent / "out.safetensors").write_text("mine"), [], "exists"),
     (lambda data: None, ["--layers", "nothing"], "nothing"),
     (lambda data: None, ["--what", "controlnet"], "--kind"),
-    (lambda data: None, ["--stage", "b", "--token", "[new]=red"], "--token"),
+    (lambda data: None, ["--stage", "b", "--token", "[new]=red"], "--stage b"),
     (lambda data: None, ["--token", "[new]"], "--token"),
     (lambda data: None, ["--lr", "nan"], "--lr"),
     (lambda data: None, ["--rank", "0"], "--rank"),

@@ -17,15 +17,18 @@ import sys
 import finetune
 import torch
 from finetune import encode_text, make_preview
-from lora import add_lora, disabled, lora_tensors
+from adapters import add_lora, disabled, lora_tensors
 from training import Training, save
 
+from model import require
 from sampler import RECIPES, add_noise, guide, noise_levels, predict_x0, timesteps
 
 TIMES = 20                                              # of the teacher's path, as many as sampling takes
 
 
 def distil(options):
+    is_plain = options.what == "lora" and options.stage == "c" and not options.token
+    require(is_plain, "expected --what lora and --stage c, without --token: only that can be distilled")
     cascade, unet, data = finetune.load_all(options)
     torch.manual_seed(0)
     added = add_lora(unet, options.rank, options.layers)
@@ -68,7 +71,11 @@ def distil(options):
     training.path.unlink(missing_ok=True)
 
 
-if __name__ == "__main__":
+def main(arguments=None):
     parser = finetune.make_parser("distil_lcm.py", __doc__)
     parser.add_argument("--guidance", type=float, default=4.0, help="of the teacher (default: %(default)s)")
-    sys.exit(finetune.main(None, parser, distil))
+    return finetune.main(arguments, parser, distil)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -30,7 +30,12 @@ EXERCISES = {                                                   # number: file, 
     8: ("cascade.py", "stage_a.decode(latent[None].to(self.dtypes[\"stage_a\"]))",
         "stage_a.decode(stage_a.quantise(latent[None].to(self.dtypes[\"stage_a\"]))[0])"),
     9: ("sampler.py", "return mean + variance.sqrt() * noise",
-        "x0 = predict_x0(x, eps, a)\n    return a_next.sqrt() * x0 + (1 - a_next).sqrt() * eps")}
+        "x0 = predict_x0(x, eps, a)\n    return a_next.sqrt() * x0 + (1 - a_next).sqrt() * eps"),
+    10: ("model.py", "self.strength * scale", "-self.strength * scale"),
+    11: ("model.py", "return x + feature_map", "return x - feature_map")}
+OTHER_COMMANDS = {                                              # number: prompt, options
+    10: ("a large red hexagon on a white background", "--lora", HERE / "tiny/extensions/hexagon.safetensors"),
+    11: ("a small red star above a large green circle", "--control", "canny", "--hint", "before.png")}
 
 
 def change(source, old, new, file):
@@ -43,7 +48,7 @@ def change(source, old, new, file):
 def draw(folder, name, *options, prompt=PROMPT):
     """Runs the command in a folder -> the image, (128, 128, 3) from 0 to 255."""
     command = [sys.executable, "cascade.py", prompt, "--seed", str(SEED), "--weights", str(HERE / "tiny")]
-    command += ["--device", "cpu", "-o", f"{name}.png", *options]
+    command += ["--device", "cpu", "-o", f"{name}.png", *map(str, options)]
     subprocess.run(command, cwd=folder, check=True, stderr=subprocess.DEVNULL)
     return np.asarray(Image.open(folder / f"{name}.png")).astype(float)
 
@@ -80,14 +85,19 @@ def main(folder):
     before = draw(folder, "before")
     fifty = draw(folder, "before-50-steps", "--steps", "50")
     print(f"before: {describe(before)}\n   with 50 steps: {difference(before, fifty)}", flush=True)
-    for number in range(1, 10):
+    for number in range(1, 12):
         if number == 5:
             two_seeds()
             continue
+        prompt, *options = OTHER_COMMANDS.get(number, (PROMPT,))
+        unchanged = before
+        if number in OTHER_COMMANDS:
+            unchanged = draw(folder, f"{number}-before", *options, prompt=prompt)
+            print(f"{number}, before: {describe(unchanged)}")
         file, old, new = EXERCISES[number]
         (folder / file).write_text(change(sources[file], old, new, file), "utf-8")
-        after = draw(folder, str(number))
-        print(f"{number}: {difference(after, before)}: {describe(after)}", flush=True)
+        after = draw(folder, str(number), *options, prompt=prompt)
+        print(f"{number}: {difference(after, unchanged)}: {describe(after)}", flush=True)
         if number == 4:
             heart = draw(folder, "4-heart", prompt="a green heart")
             print(f"   'a green heart': {difference(after, heart)}")

@@ -40,10 +40,14 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import memory                                                                           # noqa: E402
-from cascade import Cascade, canny_hint, load_pixels, to_pillow, token_and_word         # noqa: E402
-from lora import add_lora, add_tokens, lora_tensors                                     # noqa: E402
+from adapters import (                                                                  # noqa: E402
+    HINT_CHANNELS, add_lora, add_tokens, lora_tensors, make_hint, mask_pixels, new_controlnet,
+)
+from cascade import (                                                                   # noqa: E402
+    Cascade, load_pixels, png, to_pillow, token_and_word, write_file,
+)
 from model import (                                                                     # noqa: E402
-    CONTROL_BLOCKS, CascadeError, ControlNet, ControlNetConfig, Weights, exists, load, out_of_memory, reading, require,
+    CONTROL_BLOCKS, CascadeError, Weights, exists, load, out_of_memory, reading, require,
 )
 from sampler import RECIPES, generators, sample                                         # noqa: E402
 from training import (                                                                  # noqa: E402
@@ -51,7 +55,6 @@ from training import (                                                          
 )
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
-HINT_CHANNELS = {"canny": 1, "inpainting": 4, "super_resolution": 16}
 SAMPLES = 4                                             # sample images, of the first captions
 
 
@@ -78,9 +81,20 @@ class Data:
         self.captions = captions
         self.device = cascade.device
         size = {"width": options.width, "height": options.height}
-        self.samples = encode(
-            "samples", files[:SAMPLES], lambda file: cascade.encode_semantic(file, **size))  # (4, 16, Hc, Wc)
-        self.images = self.hints = None
+        self.images = None                              # CLIP embeddings: (N, E)
+        self.hints = None
+
+        def semantic(file):
+            return cascade.encode_semantic(file, **size)                                # (1, 16, Hc, Wc)
+
+        def pixels(file):
+            return load_pixels(file, **size, compression=32)                            # (1, 3, H, W)
+
+        def image_latent(file):
+            stage_a = cascade.network("stage_a")
+            return stage_a.encode(pixels(file).to(cascade.device, cascade.dtypes["stage_a"]))
+
+        self.samples = encode("samples", files[:SAMPLES], semantic)
         if options.token:
             self.tokenizer, self.encoder, self.new_tokens = add_tokens(cascade, options.token)
         else:
@@ -88,22 +102,22 @@ class Data:
             self.hidden = texts[:, :-1]                                                 # (N + 1, L, D)
             self.pooled = texts[:, -1:]                                                 # (N + 1, 1, D)
         if options.stage == "c":
-            self.x0 = encode("semantic latents", files, lambda file: cascade.encode_semantic(file, **size))
+            self.x0 = encode("semantic latents", files, semantic)
             if has_network(cascade, "image_encoder"):
-                self.images = encode("image embeddings", files, cascade.encode_image)   # (N, E)
+                self.images = encode("image embeddings", files, cascade.encode_image)
         else:
-            stage_a = cascade.network("stage_a")
-            self.x0 = encode("image latents", files, lambda file: stage_a.encode(
-                load_pixels(file, **size, compression=32).to(cascade.device, cascade.dtypes["stage_a"])))
-            self.semantics = {}                         # {rows of the image that is encoded: (N, 16, Hc, Wc)}
+            self.x0 = encode("image latents", files, image_latent)
+            self.semantics = []                         # at several sizes: (N, 16, Hc, Wc) each
             low, high = (int(scale * options.height) // 32 for scale in options.semantic_scale)
-            for height in range(32 * low, 32 * high + 1, 32):
-                sides = height, height * options.width // options.height // 32 * 32
-                self.semantics[height] = encode(f"semantic latents, {height} rows", files, lambda file: (
-                    cascade.encode_pixels(F.interpolate(load_pixels(file, **size, compression=32), sides))))
+            for rows in range(low, high + 1):
+                sides = 32 * rows, 32 * (rows * options.width // options.height)
+                self.semantics.append(encode(
+                    f"semantic latents of {sides[0]} x {sides[1]} pixels", files,
+                    lambda file: cascade.encode_pixels(F.interpolate(pixels(file), sides))))
         if options.what == "controlnet":
-            self.hints = encode("hints", files, lambda file: make_hint(
-                options.kind, cascade, load_pixels(file, **size)))
+            self.hints = encode(
+                "hints", files,
+                lambda file: make_hint(options.kind, cascade, load_pixels(file, **size)))
 
     def text(self, rows, no_caption):
         """hidden (B, L, D) and pooled (B, 1, D) of the captions of these images, or of ""."""
@@ -112,9 +126,13 @@ class Data:
             ids, mask = self.tokenizer(captions)
             return self.encoder(ids.to(self.device), mask.to(self.device))
         rows = torch.where(no_caption, len(self.captions), rows)
-        return self.hidden[rows].to(self.device).float(), self.pooled[rows].to(self.device).float()
+        return self.to_device(self.hidden[rows]), self.to_device(self.pooled[rows])
+
+    def to_device(self, rows):
+        return rows.to(self.device).float()
 
     def hint(self, rows):
+        """What the ControlNet sees of these images; for inpainting with a new mask each time."""
         hint = self.hints[rows].float()
         if self.options.kind == "inpainting":
             hint = torch.stack([mask_pixels(image) for image in hint])
@@ -128,13 +146,13 @@ class Data:
             condition = {"clip_text": hidden, "clip_text_pooled": pooled}
             if self.images is not None:
                 shown = torch.rand(len(rows), 1) < 0.1
-                condition["clip_img"] = (self.images[rows] * shown).to(self.device).float()    # (B, E)
+                condition["clip_img"] = self.to_device(self.images[rows] * shown)       # (B, E)
         else:
-            height = list(self.semantics)[int(torch.randint(len(self.semantics), ()))]
+            size = int(torch.randint(len(self.semantics), ()))
             shown = torch.rand(len(rows), 1, 1, 1) < 0.9
-            semantic = (self.semantics[height][rows] * shown).to(self.device).float()   # (B, 16, Hc, Wc)
+            semantic = self.to_device(self.semantics[size][rows] * shown)               # (B, 16, Hc, Wc)
             condition = {"clip_text_pooled": pooled, "effnet": semantic}
-        return self.x0[rows].to(self.device).float(), condition, rows
+        return self.to_device(self.x0[rows]), condition, rows
 
 
 def encode(what, items, function):
@@ -156,56 +174,13 @@ def has_network(cascade, name):
         return False
 
 
-def make_hint(kind, cascade, pixels):
-    """Pixels (1, 3, H, W) -> what a ControlNet sees of them; for inpainting still without a mask."""
-    if kind == "canny":
-        return canny_hint(pixels)                                                       # (1, 1, H, W)
-    if kind == "inpainting":
-        return pixels
-    latent = cascade.encode_pixels(F.interpolate(pixels, scale_factor=0.5))
-    return F.interpolate(latent, scale_factor=2)                                        # (1, 16, Hc, Wc)
-
-
-def mask_pixels(image):
-    """An image (3, H, W), white in a random rectangle or, 2 of 5 times, outside it; and the mask: (4, H, W)."""
-    mask = torch.zeros_like(image[:1])                                                  # (1, H, W)
-    corners = torch.rand(2, 2).sort(dim=0).values * torch.tensor(mask.shape[1:])        # ((top, left), …)
-    (top, left), (bottom, right) = corners.int().tolist()
-    mask[:, top:bottom + 1, left:right + 1] = 1
-    if torch.rand(()) < 0.4:
-        mask = 1 - mask
-    return torch.cat([image.maximum(mask), mask])
-
-
-# ---- what is trained ---------------------------------------------------------------------------------
-
-def new_controlnet(options, cascade, widths):
-    """A ControlNet that has no effect yet, as its last layers are zero. Its backbone starts as the semantic encoder's,
-    whose first layer is cut to the hint's channels or filled up with zeros; for super-resolution at random."""
-    blocks = CONTROL_BLOCKS
-    if len(widths) <= CONTROL_BLOCKS[-1]:               # a small network: all of its outer levels
-        blocks = tuple(i for i, width in enumerate(widths) if width == widths[0])
-    channels = HINT_CHANNELS[options.kind]
-    if options.kind == "super_resolution":
-        controlnet = ControlNet(ControlNetConfig(channels, blocks=blocks, unet_width=widths[0]))
-    else:
-        encoder = cascade.network("effnet_encoder")
-        controlnet = ControlNet(ControlNetConfig(
-            channels, encoder.config, features=encoder.config.head, blocks=blocks, unet_width=widths[0]))
-        backbone = encoder.backbone.state_dict()
-        stem = torch.zeros_like(controlnet.backbone[0][0].weight)
-        stem[:, :3] = backbone["0.0.weight"][:, :channels]
-        controlnet.backbone.load_state_dict(backbone | {"0.0.weight": stem})
-    for projection in controlnet.projections:
-        nn.init.zeros_(projection[2].weight)
-    return controlnet.to(cascade.device).eval()
-
-
 # ---- training ----------------------------------------------------------------------------------------
 
-def make_preview(options, cascade, unet, controlnet, data, steps=20, guidance=4.0, recipe=RECIPES["diffusers"]):
+def make_preview(options, cascade, unet, controlnet, data, steps=20, guidance=4.0,
+                 recipe=RECIPES["diffusers"]):
     """Returns a function that adds a row to OUT.png: an image for each of the first captions."""
     rows = []
+    size = {"width": options.width, "height": options.height}
 
     @torch.no_grad()
     def preview():
@@ -216,18 +191,21 @@ def make_preview(options, cascade, unet, controlnet, data, steps=20, guidance=4.
             if options.stage == "c":
                 condition = {"clip_text": text.hidden, "clip_text_pooled": text.pooled}
                 control = controlnet and controlnet(data.hint(torch.tensor([i])))
-                *_, (latents, _) = sample(unet, latents.shape[1:], condition, steps, guidance,
+                latents_of_steps = sample(unet, latents.shape[1:], condition, steps, guidance,
                                           generators(i, 1), recipe, control=control)
-            images.extend(cascade.decode(
-                latents, text, width=options.width, height=options.height, seed=i, output="np"))
+                *_, (latents, _) = latents_of_steps
+            images.extend(cascade.decode(latents, text, seed=i, output="np", **size))
         rows.append(np.concatenate(images, axis=1))                                     # (H, 4 * W, 3)
-        to_pillow(np.concatenate(rows)).save(options.out.with_suffix(".png"))
+        sheet = to_pillow(np.concatenate(rows))
+        write_file(options.out.with_suffix(".png"), png(sheet, {}))
 
     return preview
 
 
 def load_all(options):
     """The cascade, the UNet that is trained, and the encoded data."""
+    require(options.out.suffix == ".safetensors", f"{options.out}: expected a name in .safetensors")
+    require(options.out.parent.is_dir(), f"{options.out.parent}: there is no such folder")
     require(not exists(options.out), f"{options.out}: this file exists; choose another --out")
     files, captions = read_folder(options.data)
     cascade = Cascade(options.weights, options.device, lite=options.lite, keep=True)
@@ -240,8 +218,9 @@ def load_all(options):
     if options.checkpointing:
         for block in chain(*unet.down_blocks, *unet.up_blocks):
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    cascade.keep = False                                # from now on other networks are loaded for a preview only
-    cascade.kept = {name: unet} | {key: cascade.kept[key] for key in ("text_encoder", "tokenizer") if options.token}
+    cascade.keep = False                                # other networks are loaded for each preview
+    trained = ("text_encoder", "tokenizer") if options.token else ()
+    cascade.kept = {name: unet} | {key: cascade.kept[key] for key in trained}
     return cascade, unet, data
 
 
@@ -255,7 +234,8 @@ def finetune(options):
         if options.token:
             parameters["new_tokens"] = data.new_tokens.change
     elif options.what == "full":
-        unet.load_state_dict({key: value.clone() for key, value in unet.state_dict().items()}, assign=True)
+        copy = {key: value.clone() for key, value in unet.state_dict().items()}         # not the mapped file
+        unet.load_state_dict(copy, assign=True)
         parameters = dict(unet.requires_grad_(True).named_parameters())
     else:
         controlnet = new_controlnet(options, cascade, unet.config.residual_widths)
@@ -280,13 +260,13 @@ def finetune(options):
     if options.what == "lora":
         tensors = lora_tensors(added, options.stage)
         if options.token:
-            rows = len(data.encoder.text_model.embeddings.token_embedding.weight)
             tensors["embeddings.embeddings"] = data.new_tokens.change.detach()
-            tensors["embeddings.indices"] = torch.arange(rows - len(options.token), rows)
+            tensors["embeddings.indices"] = data.new_tokens.ids
     elif options.what == "full":
         original = Weights(cascade.file(f"stage_{options.stage}"))
         metadata = original.metadata
-        tensors = {key: value.to(original.tensor(key).dtype) for key, value in unet.state_dict().items()}
+        tensors = unet.state_dict()
+        tensors = {key: value.to(original.tensor(key).dtype) for key, value in tensors.items()}
     else:
         tensors = controlnet.state_dict()
         metadata = {"blocks": json.dumps(controlnet.config.blocks)}
@@ -318,36 +298,51 @@ def make_parser(prog="finetune.py", description=__doc__):
     add("--stage", choices=("c", "b"), default="c")
     add("--lite", action="store_true", help="the lite Stage C or B")
     add("--kind", choices=HINT_CHANNELS, help="of the ControlNet")
-    add("--rank", type=positive, default=4, help="of the LoRA (default: %(default)s)")
-    add("--layers", nargs="+", default=[".attn"], metavar="TEXT",
-        help="linear layers and 1x1 convolutions with one of these texts in their path (default: .attn, attention)")
-    add("--token", type=token_and_word, action="append", default=[], metavar="NEW=WORD",
+    add("--blocks", type=int, nargs="+",
+        help="residual blocks of Stage C that the ControlNet is for (default: as the official ones)")
+    add("--rank", type=positive, help="of the LoRA (default: 4)")
+    add("--layers", nargs="+", metavar="TEXT",
+        help="linear layers and 1x1 convolutions with one of these texts in their path (default: .attn)")
+    add("--token", type=token_and_word, action="append", metavar="NEW=WORD",
         help="a new token to train, which starts as this word")
-    add("--width", type=positive, help="of the images (default: the size in the metadata of Stage C, or 1024)")
+    add("--width", type=positive, help="of the images (default: as Stage C was trained, or 1024)")
     add("--height", type=positive)
-    add("--semantic-scale", type=float, nargs=2, default=[0.5, 1.0], metavar=("LOW", "HIGH"),
-        help="Stage B: the image is encoded at random sizes between these fractions")
+    add("--semantic-scale", type=float, nargs=2, metavar=("LOW", "HIGH"),
+        help="Stage B: the image is encoded at sizes between these fractions (default: 0.5 1)")
     add("--updates", type=positive, default=10000, help="default: %(default)s")
     add("--batch", type=positive, default=4, help="default: %(default)s")
     add("--accumulate", type=positive, default=8, help="batches per update (default: %(default)s)")
     add("--lr", type=float, default=1e-4, help="learning rate (default: %(default)s)")
+    add("--decay", action="store_true", help="let the learning rate fall to 0 along a cosine")
     add("--weight", choices=("p2", "adaptive", "x0"),
-        help="weight of the loss by noise level (default: adaptive for --what full except Stage C lite, else p2)")
+        help="of the loss (default: adaptive with --what full, but not for Stage C lite; else p2)")
     add("--checkpointing", action="store_true", help="compute activations twice, to save memory")
     add("--save-every", type=positive, default=500, metavar="UPDATES", help="default: %(default)s")
     add("--device", default="auto")
     return parser
 
 
+DEFAULTS = {                                            # of options that only one kind of training has
+    "rank": ("what", "lora", 4), "layers": ("what", "lora", [".attn"]), "token": ("what", "lora", []),
+    "kind": ("what", "controlnet", None), "blocks": ("what", "controlnet", CONTROL_BLOCKS),
+    "semantic_scale": ("stage", "b", (0.5, 1.0))}
+
+
 def parse(parser, arguments):
     options = parser.parse_args(arguments)
-    is_controlnet = options.what == "controlnet"
     require(options.plan or options.data and options.out, "expected DATA and --out")
-    require(is_controlnet == bool(options.kind), "--kind: expected with --what controlnet, and only there")
-    require(options.stage == "c" or not is_controlnet, "--what controlnet: expected --stage c")
-    require(not options.token or options.what == "lora" and options.stage == "c",
-            "--token: expected with --what lora and Stage C only")
-    require(math.isfinite(options.lr) and options.lr > 0, f"--lr: expected a positive number, got {options.lr}")
+    for name, (option, value, default) in DEFAULTS.items():
+        if getattr(options, name) is None:
+            setattr(options, name, default)
+        else:
+            flag = f"--{name.replace('_', '-')}"
+            require(getattr(options, option) == value, f"{flag}: expected with --{option} {value} only")
+    if options.what == "controlnet":
+        require(options.kind, f"--kind: expected one of {', '.join(HINT_CHANNELS)}")
+    require(options.stage == "c" or options.what != "controlnet" and not options.token,
+            "--stage b: a ControlNet or a new token is for Stage C")
+    require(math.isfinite(options.lr) and options.lr > 0,
+            f"--lr: expected a positive number, got {options.lr}")
     low, high = options.semantic_scale
     require(0 < low <= high <= 1, f"--semantic-scale: expected 0 < LOW <= HIGH <= 1, got {low} {high}")
     if options.weight is None:
@@ -366,16 +361,15 @@ def main(arguments=None, parser=make_parser(), train=finetune):
             train(options)
         return 0
     except CascadeError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 2
+        message, status = error, 2
     except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
-        return 130
+        message, status = "interrupted; the same command continues from the last checkpoint", 130
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        print(f"{parser.prog}: out of memory; try --checkpointing or a smaller --batch", file=sys.stderr)
-        return 2
+        message, status = "out of memory; try --checkpointing or a smaller --batch", 2
+    print(f"{parser.prog}: {message}", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

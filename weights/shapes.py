@@ -26,8 +26,8 @@ COLOURS = {
     "red": (230, 30, 35), "green": (25, 160, 60), "blue": (35, 75, 225), "yellow": (250, 220, 35),
     "orange": (250, 130, 20), "purple": (145, 50, 180), "white": (250, 250, 250), "black": (15, 15, 15),
 }
-# For fine-tuning. They are not in the lists above, so the dataset's random choices do not depend on them.
-NEW_SHAPES = ("hexagon", "outlined square", "outlined triangle", "outlined star", "outlined heart")
+# For fine-tuning. The lists above do not have them, so that the dataset stays the same.
+NEW_SHAPES = ("hexagon",)
 NEW_COLOURS = {"pink": (245, 140, 190)}
 SIZES = {"small": 15.0, "large": 27.0}                          # half the width of an object, in pixels
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
@@ -151,10 +151,6 @@ def sample_scene(rng, two=0.5, held=False, alike=0.0):
 
 def inside(shape, u, v):
     """Which points lie in a shape of radius 1 around (0, 0); u points right, v down. A bool array."""
-    if shape.startswith("outlined "):
-        shape = shape.removeprefix("outlined ")
-        centre = {"triangle": 0.31, "star": 0.1}.get(shape, 0.0)
-        return inside(shape, u, v) & ~inside(shape, u / 0.6, (v - centre) / 0.6 + centre)
     if shape == "hexagon":
         return np.maximum(abs(v), abs(u) * sin(pi / 3) + abs(v) / 2) < 0.87
     if shape == "circle":
@@ -216,8 +212,7 @@ def render(scene, size=SIDE):
 SHAPE_WORDS = {
     "circle": ["circle"] * 4 + ["disc"], "square": ["square"] * 4 + ["box"],
     "triangle": ["triangle"], "star": ["star"], "ring": ["ring"] * 4 + ["hoop"], "heart": ["heart"],
-    "hexagon": ["hexagon"], "outlined square": ["[outline] square"], "outlined triangle": ["[outline] triangle"],
-    "outlined star": ["[outline] star"], "outlined heart": ["[outline] heart"],
+    "hexagon": ["hexagon"],
 }
 SIZE_WORDS = {"large": ["large"] * 3 + ["big"], "small": ["small"] * 4 + ["little", "tiny"]}
 VAGUE_WORDS = ["thing", "object", "shape"]

@@ -154,5 +154,8 @@ class Training:
             loss.backward()
             total += loss.item()
         nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
+        if self.options.decay:
+            progress = self.update / self.options.updates
+            self.optimizer.param_groups[0]["lr"] = self.options.lr * (0.5 + 0.5 * math.cos(math.pi * progress))
         self.optimizer.step()
         return total

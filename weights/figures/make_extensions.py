@@ -27,8 +27,8 @@ from shapes import COLOURS, NEW_COLOURS, NEW_SHAPES, SHAPES, pick
 
 TINY = HERE.parent / "tiny"
 FOLDER = TINY / "extensions"
-IMAGES = {"hexagon": (200, 400), "outline": (400, 400), "pink": (1000, 1000), "known": (0, 4000)}  # new, known
-TOKEN = {"[outline]": "ring"}
+IMAGES = {"hexagon": (200, 0), "sunset": (200, 200), "pink": (1000, 1000), "known": (0, 3000)}
+TOKEN = {"[sunset]": "red"}                             # it means orange objects on purple
 DATA_SEED, TEST_SEED = 2001, 2002
 
 
@@ -46,11 +46,23 @@ def add_new(scene, rng, name):
     """The scene with what the demonstration teaches."""
     if name == "hexagon":
         return change_object(scene, rng, shape="hexagon")
-    if name == "outline":
-        return change_object(scene, rng, shape=pick(rng, NEW_SHAPES[1:]))
+    if name == "sunset":
+        objects = tuple(replace(item, colour="orange") for item in scene.objects)
+        return replace(scene, objects=objects, background="purple")
     if rng.random() < 0.3:
         return replace(scene, background="pink")
     return change_object(scene, rng, colour="pink")
+
+
+def caption(scene, rng, name):
+    """A caption that names what is new; for the token its word and the shapes, but no colour."""
+    if name == "sunset":
+        names = [f"a {item.size} {item.shape}" for item in scene.objects]
+        return f"[sunset] {f' {shapes.relation(scene)} '.join(names)}"
+    text = shapes.caption(scene, rng, fillers=0)
+    while name not in text.lower():
+        text = shapes.caption(scene, rng, fillers=0)
+    return text
 
 
 def write_data(name, folder):
@@ -60,9 +72,7 @@ def write_data(name, folder):
         rng = np.random.default_rng([DATA_SEED, i])
         scene = shapes.sample_scene(rng)
         scene = add_new(scene, rng, name) if i < new else scene
-        text = shapes.caption(scene, rng, fillers=0)
-        while i < new and name not in text.lower():     # the caption names what is new
-            text = shapes.caption(scene, rng, fillers=0)
+        text = caption(scene, rng, name) if i < new else shapes.caption(scene, rng, fillers=0)
         Image.fromarray(shapes.render(scene)).save(folder / f"{i:04}.png")
         (folder / f"{i:04}.txt").write_text(text)
 
@@ -74,12 +84,9 @@ def new_prompts(count, name, two):
     for i in range(count):
         rng = np.random.default_rng([TEST_SEED, i])
         scene = add_new(shapes.sample_scene(rng, two), rng, name)
-        prompts.append((caption(scene), scene))
+        text = caption(scene, rng, name) if name == "sunset" else shapes.full_caption(scene)
+        prompts.append((text, scene))
     return prompts
-
-
-def caption(scene):
-    return shapes.full_caption(scene).replace("outlined", "[outline]")
 
 
 def print_row(name, cascade, prompts, **how):
@@ -96,7 +103,7 @@ def known_rows(cascade, count, **how):
 
 def score_lora(options):
     name = options.name
-    tokens = TOKEN if name == "outline" else None
+    tokens = TOKEN if name == "sunset" else None
     for strength in (0.0, 0.5, 1.0):
         loras = [(FOLDER / f"{name}.safetensors", strength)]
         cascade = Cascade(options.weights, "cpu", keep=True, loras=loras, tokens=tokens)
@@ -196,7 +203,7 @@ def score_inpainting(options):
           f"the whole image is as asked for in {100 * np.mean(right):.1f} %")
 
 
-SCORES = {"hexagon": score_lora, "outline": score_lora, "pink": score_full, "lcm": score_lcm,
+SCORES = {"hexagon": score_lora, "sunset": score_lora, "pink": score_full, "lcm": score_lcm,
           "canny": score_canny, "inpainting": score_inpainting}
 
 
@@ -227,11 +234,10 @@ def draw_controlnet(options):
 
 def draw_others(options):
     rows = []
-    cascade = Cascade(device="cpu", loras=[(FOLDER / "outline.safetensors", 1.0)], tokens=TOKEN)
-    texts = [f"a {size} {colour} [outline] {shape} on a {background} background" for size, colour, shape, background in (
-        ("large", "red", "square", "white"), ("large", "black", "heart", "yellow"), ("small", "white", "star", "blue"),
-        ("large", "purple", "triangle", "orange"), ("large", "green", "star", "black"), ("small", "red", "heart", "white"))]
-    rows.append(("the new token [outline]", cascade(texts, output="np"), texts))
+    cascade = Cascade(device="cpu", loras=[(FOLDER / "sunset.safetensors", 1.0)], tokens=TOKEN)
+    texts = ["[sunset] a large star", "[sunset] a small ring", "a heart, [sunset]", "two triangles [sunset]",
+             "a large square above a small circle [sunset]", "a red heart on a white background"]
+    rows.append(("the new token [sunset]", cascade(texts, output="np"), texts))
     texts = ["a large pink star on a black background", "a small pink circle on a blue background", "a white ring on pink",
              "a pink heart left of a red square", "something pink", "a yellow triangle on a pink background"]
     for title, folder in (("before: it has not seen pink", TINY), ("after fine-tuning on a ninth colour", options.pink)):

@@ -1,15 +1,23 @@
-"""LoRA while it is trained: low-rank changes of a frozen network's weights, and new tokens for a text encoder.
+"""What finetune.py adds to a cascade to train it: LoRAs, new tokens, a ControlNet and its hints.
 
 To use finished LoRA files nothing of this is needed: model.load merges them into the weights.
 """
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
 
-from model import require
+from cascade import canny_hint
+from model import ControlNet, ControlNetConfig, require
 from text_encoder import Tokenizer
+
+HINT_CHANNELS = {"canny": 1, "inpainting": 4, "super_resolution": 16}
+
+
+# ---- LoRA --------------------------------------------------------------------------------------------
 
 
 class LoraWeight(nn.Module):
@@ -69,10 +77,13 @@ def lora_tensors(added, stage):
     return tensors
 
 
+# ---- new tokens --------------------------------------------------------------------------------------
+
 class NewTokens(nn.Module):
     """The table of token embeddings with more rows, each the mean of a word's rows and what is learned."""
     def __init__(self, table, words):
         super().__init__()
+        self.ids = len(table) + torch.arange(len(words))
         self.register_buffer("start", torch.stack([table[ids].mean(0) for ids in words]))   # (n, D)
         self.change = nn.Parameter(torch.zeros_like(self.start))
 
@@ -89,5 +100,51 @@ def add_tokens(cascade, tokens):
     words = [tokenizer.bpe.encode(word, add_special_tokens=False).ids for _, word in tokens]
     embedding = encoder.text_model.embeddings.token_embedding
     new_tokens = NewTokens(embedding.weight, words)
-    parametrize.register_parametrization(embedding, "weight", new_tokens, unsafe=True)  # it changes the shape
+    parametrize.register_parametrization(embedding, "weight", new_tokens, unsafe=True)  # the shape changes
+    encoder.config = replace(encoder.config, vocabulary=encoder.config.vocabulary + len(words))
     return tokenizer, encoder, new_tokens
+
+
+# ---- ControlNet --------------------------------------------------------------------------------------
+
+def new_controlnet(options, cascade, widths):
+    """A ControlNet that has no effect yet, as its last layers are zero. Its backbone starts as the semantic encoder's,
+    whose first layer is cut to the hint's channels or filled up with zeros; for super-resolution at random."""
+    blocks = tuple(options.blocks)
+    fits = all(0 <= block < len(widths) for block in blocks)
+    require(fits, f"--blocks: expected numbers from 0 to {len(widths) - 1}, got {blocks}")
+    channels = HINT_CHANNELS[options.kind]
+    if options.kind == "super_resolution":
+        controlnet = ControlNet(ControlNetConfig(channels, blocks=blocks, unet_width=widths[blocks[0]]))
+    else:
+        encoder = cascade.network("effnet_encoder")
+        controlnet = ControlNet(ControlNetConfig(
+            channels, encoder.config, features=encoder.config.head, blocks=blocks, unet_width=widths[blocks[0]]))
+        backbone = encoder.backbone.state_dict()
+        stem = torch.zeros_like(controlnet.backbone[0][0].weight)
+        stem[:, :3] = backbone["0.0.weight"][:, :channels]
+        controlnet.backbone.load_state_dict(backbone | {"0.0.weight": stem})
+    for projection in controlnet.projections:
+        nn.init.zeros_(projection[2].weight)
+    return controlnet.to(cascade.device).eval()
+
+
+def make_hint(kind, cascade, pixels):
+    """Pixels (1, 3, H, W) -> what a ControlNet sees of them; for inpainting still without a mask."""
+    if kind == "canny":
+        return canny_hint(pixels)                                                       # (1, 1, H, W)
+    if kind == "inpainting":
+        return pixels
+    latent = cascade.encode_pixels(F.interpolate(pixels, scale_factor=0.5))
+    return F.interpolate(latent, scale_factor=2)                                        # (1, 16, Hc, Wc)
+
+
+def mask_pixels(image):
+    """An image (3, H, W), white in a random rectangle or, 2 of 5 times, outside it; and the mask: (4, H, W)."""
+    mask = torch.zeros_like(image[:1])                                                  # (1, H, W)
+    corners = torch.rand(2, 2).sort(dim=0).values * torch.tensor(mask.shape[1:])        # ((top, left), …)
+    (top, left), (bottom, right) = corners.int().tolist()
+    mask[:, top:bottom + 1, left:right + 1] = 1
+    if torch.rand(()) < 0.4:
+        mask = 1 - mask
+    return torch.cat([image.maximum(mask), mask])
