@@ -33,7 +33,6 @@ import sys
 import traceback
 import uuid
 import warnings
-from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -56,20 +55,16 @@ from sampler import RECIPES, draw_noise, generators, sample
 COMPRESSION = 42.67                                     # pixels per position of the semantic latent: the default
 TINY = Path(__file__).resolve().parent / "weights" / "tiny"
 NETWORKS = model.NETWORKS | text_encoder.NETWORKS
-CHANNELS = {                                            # of latents, which the networks hand to each other
-    "latent_channels": {"stage_c": 16, "stage_b": 4, "stage_a": 4, "effnet_encoder": 16, "previewer": 16},
+CONTROLS = {"canny": 1, "inpainting": 4, "super_resolution": 16}        # kinds of ControlNet: channels of the hint
+NETWORK_NAMES = (*NETWORKS, *(f"controlnet/{control}" for control in CONTROLS))
+CHANNELS = {                                            # of the latents that the networks exchange, and of hints
+    "latent_channels": {
+        "stage_c": 16, "stage_b": 4, "stage_a": 4, "effnet_encoder": 16, "previewer": 16},
     "semantic_channels": {"stage_b": 16, "stage_c": 0},
-    "hint_channels": {
-        "controlnet/canny": 1, "controlnet/inpainting": 4, "controlnet/super_resolution": 16}}
-CONTROLS = ("canny", "inpainting", "super_resolution")  # kinds of ControlNet
-NETWORK_NAMES = (*NETWORKS, *CHANNELS["hint_channels"])
+    "hint_channels": {f"controlnet/{control}": channels for control, channels in CONTROLS.items()}}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OUTPUTS = ("pil", "np", "pt", "latent")
 LITE = {False: (), True: ("stage_c", "stage_b"), "prior": ("stage_c",), "decoder": ("stage_b",)}
-OneImage = str | Path | Image.Image                     # a path or a PIL image
-Device = str | torch.device
-Dtype = str | torch.dtype
-Steps = int | list[float]                               # a number of steps, or the times themselves
 
 
 # ---------------------------------------------------------------------------------------------------- the pipeline
@@ -79,42 +74,27 @@ class TextEmbeddings:
     hidden: Tensor  # (2P, L, D)
     pooled: Tensor  # (2P, 1, D)
 
-    def to(self, device: Device) -> "TextEmbeddings":
+    def to(self, device) -> "TextEmbeddings":
         return TextEmbeddings(self.hidden.to(device), self.pooled.to(device))
-
-    def check(self):
-        check_tensor("text embeddings: hidden", self.hidden, (None, None, None))
-        check_tensor("text embeddings: pooled", self.pooled, (len(self.hidden), 1, None))
-        require(len(self.hidden) % 2 == 0, "text embeddings: expected an even number of rows")
-
-
-Prompts = str | list[str] | TextEmbeddings
-
-
-def append_zeros(conditional):
-    """Conditional rows, followed by as many unconditional rows of zeros."""
-    return torch.cat([conditional, torch.zeros_like(conditional)])
 
 
 class Cascade:
     """The networks of one weights folder: original single files, diffusers folders, ComfyUI's files, or a mixture.
 
-    device          "auto": CUDA if it is available, else MPS, else the CPU
-    dtype           "auto": fp32 on a CPU and on MPS; on CUDA bf16 if the GPU has it, else fp16
+    device          a torch device, or "auto": CUDA if it is available, else MPS, else the CPU
+    dtype           "fp32", "bf16", "fp16", or "auto": fp32 on a CPU and on MPS; on CUDA bf16 if the GPU has it, else fp16
     lite            True: the lite Stage C and Stage B; "prior" or "decoder": only one of them
     decoder_dtype   dtype of Stage B and A (default: dtype)
     keep            keep networks in memory; otherwise every call loads each of them again
     progress        show progress bars
     loras           LoRA files for Stage C and the text encoder, [(file, strength), ...]
-    tokens          {new token: the word that it starts from}, for LoRAs with new tokens, in the order of training
+    tokens          {new token: the word that it starts from}, for LoRAs with new tokens, in the order they were trained
 
     On CUDA, PyTorch computes fp32 convolutions in TF32 and may sum products of bf16 or fp16 in these types, unless a
     script calls `accumulate_in_fp32`, as the command does.
     """
-    def __init__(self, folder: str | Path = TINY, device: Device = "auto", dtype: Dtype = "auto",
-                 lite: bool | str = False, decoder_dtype: Dtype | None = None, keep: bool = False,
-                 progress: bool = False, loras: list[tuple[str | Path, float]] = (),
-                 tokens: dict[str, str] | None = None):
+    def __init__(self, folder=TINY, device="auto", dtype="auto", lite=False, decoder_dtype=None,
+                 keep=False, progress=False, loras=(), tokens=None):
         self.folder = check_folder(folder)
         self.device = check_device(device)
         prior_dtype = check_dtype("dtype", dtype, self.device)
@@ -130,39 +110,34 @@ class Cascade:
         self.kept = {}
 
     @torch.no_grad()
-    def __call__(self, prompts: Prompts = "", negative: str | list[str] = "", *,
-                 width: int | None = None, height: int | None = None, seed: int = 0,
-                 compression: float = COMPRESSION, steps: Steps = 20, decoder_steps: Steps = 10,
-                 decoder_guidance: float | None = None, recipe: str = "diffusers", output: str = "pil",
-                 init_image: OneImage | Tensor | None = None, strength: float = 0.8,
-                 control: str | None = None, hint: OneImage | Tensor | None = None, **others):
-        """Prompts -> images, `images` for each prompt; image i of the batch has the seed `seed + i`. See `prior`, which
-        takes the others, and `decode` for the arguments."""
+    def __call__(self, prompts="", negative="", *, width=None, height=None, compression=COMPRESSION,
+                 seed=0, recipe="diffusers", steps=20, decoder_steps=10, decoder_guidance=None,
+                 output="pil", init_image=None, strength=0.8, control=None, hint=None, mask=None,
+                 **others):
+        """Prompts -> images, `images` for each prompt; image i of the batch has the seed `seed + i`. The arguments are
+        those of `prior`, which also gets the others, and of `decode`."""
         check(decoder_steps=decoder_steps, output=output, steps=steps, strength=strength)
         if decoder_guidance is not None:
             check(decoder_guidance=decoder_guidance)
-        check_control(control, hint, others.get("mask"), init_image)
-        controls = [] if control is None else [f"controlnet/{control}"]
-        self.check_networks("text_encoder", "stage_c", "stage_b", "stage_a", *controls)
+        check_control(control, hint, mask, init_image)
+        self.check_networks("text_encoder", "stage_c", "stage_b", "stage_a")
+        self.check_controlnet(control)
         width, height = self.size(width, height, control, hint)
-        shared = {"width": width, "height": height, "compression": compression, "seed": seed, "recipe": recipe}
+        size = {"width": width, "height": height, "compression": compression}
         text = self.encode_prompt(prompts, negative)
-        latents = self.prior(text, steps=steps, init_image=init_image, strength=strength,
-                             control=control, hint=hint, **shared, **others)
+        latents = self.prior(
+            text, **size, seed=seed, recipe=recipe, steps=steps, init_image=init_image,
+            strength=strength, control=control, hint=hint, mask=mask, **others)
         prior_steps = count_steps(steps, None if init_image is None else strength)
-        return self.decode(latents, text, steps=decoder_steps, guidance=decoder_guidance,
-                           prior_steps=prior_steps, output=output, **shared)
+        return self.decode(
+            latents, text, **size, seed=seed, recipe=recipe, steps=decoder_steps,
+            guidance=decoder_guidance, prior_steps=prior_steps, output=output)
 
     @torch.no_grad()
-    def prior(self, prompts: Prompts = "", negative: str | list[str] = "", *,
-              width: int | None = None, height: int | None = None, images: int = 1, seed: int = 0,
-              compression: float = COMPRESSION, steps: Steps = 20, guidance: float = 4.0,
-              recipe: str = "diffusers",
-              variation_images: list | OneImage | Tensor | None = None,
-              init_image: OneImage | Tensor | None = None, strength: float = 0.8,
-              interval: tuple[float, float] = (0.0, 1.0), callback: Callable | None = None,
-              control: str | None = None, hint: OneImage | Tensor | None = None,
-              mask: OneImage | None = None, control_strength: float = 1.0) -> Tensor:
+    def prior(self, prompts="", negative="", *, width=None, height=None, compression=COMPRESSION,
+              images=1, seed=0, recipe="diffusers", steps=20, guidance=4.0, interval=(0.0, 1.0),
+              callback=None, variation_images=None, init_image=None, strength=0.8,
+              control=None, hint=None, mask=None, control_strength=1.0) -> Tensor:
         """Stage C: prompts -> semantic latents (N, 16, Hc, Wc), fp32.
 
         prompts             strings, or TextEmbeddings, which include the negative prompts
@@ -180,8 +155,7 @@ class Cascade:
         check(steps=steps, guidance=guidance, images=images, strength=strength)
         check(recipe=recipe, interval=interval, control_strength=control_strength)
         check_control(control, hint, mask, init_image)
-        if control is not None:
-            self.check_networks(f"controlnet/{control}")
+        self.check_controlnet(control)
         width, height = self.size(width, height, control, hint)
         text = self.encode_prompt(prompts, negative)
         N = images * len(text.pooled) // 2
@@ -190,8 +164,8 @@ class Cascade:
         condition = {"clip_text": text.hidden.repeat_interleave(images, dim=0),  # (2 * N, L, D)
                      "clip_text_pooled": text.pooled.repeat_interleave(images, dim=0)}
         if variation_images is not None:
-            embeddings = self.encode_image(variation_images)  # (R, E)
-            condition["clip_img"] = append_zeros(embeddings.expand(N, -1, -1))  # (2 * N, R, E)
+            cond = self.encode_image(variation_images).expand(N, -1, -1)  # (N, R, E)
+            condition["clip_img"] = torch.cat([cond, torch.zeros_like(cond)])  # (2 * N, R, E)
         extras = {}
         if control is not None:
             maps = self._control_maps(control, hint, mask, width, height, compression)
@@ -205,24 +179,22 @@ class Cascade:
                 white = load_mask(mask, init_image, width, height)  # (1, 1, H, W)
                 extras["mask"] = F.adaptive_max_pool2d(white, shape[1:]).bool()  # (1, 1, Hc, Wc)
             if not isinstance(steps, list):
+                require(int(steps * strength), f"strength: {strength} leaves none of {steps} steps")
                 steps = int(steps * strength)
-            require(steps, f"strength: {strength} leaves no step; expected more of either")
         recipe = replace(RECIPES[recipe], interval=tuple(interval))
         return self._denoise("stage_c", shape, condition, steps, guidance, noise_generators, recipe,
                              callback, **extras)
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, prompts: Prompts = "", negative: str | list[str] = "", *,
-               width: int | None = None, height: int | None = None, seed: int = 0,
-               compression: float = COMPRESSION, steps: Steps = 10, guidance: float | None = None,
-               recipe: str = "diffusers", prior_steps: int | None = 20, output: str = "pil",
-               callback: Callable | None = None):
+    def decode(self, latents, prompts="", negative="", *, width=None, height=None,
+               compression=COMPRESSION, seed=0, recipe="diffusers", steps=10, guidance=None,
+               prior_steps=20, output="pil", callback=None):
         """Stage B and A: semantic latents (N, 16, Hc, Wc) -> N images of exactly width x height pixels.
 
         prompts         the prompts of the latents, in the same order, or their TextEmbeddings
         width, height   default: the latents' sides, times the compression
         guidance        default: the recipe's, 1.1 for "original", else none
-        prior_steps     Stage C's steps, whose noise is skipped, as in diffusers; None: skip nothing
+        prior_steps     Stage C's number of steps: the noise that they drew is skipped, as in diffusers; None: skip nothing
         output          "pil": a list of images; "np": (N, H, W, 3), "pt": (N, 3, H, W), fp32 in [0, 1]; "latent": the image
                         latents (N, 4, Hb, Wb)
         callback        as for `prior`; x0 is an image latent
@@ -236,7 +208,7 @@ class Cascade:
         check_tensor("latents", latents, (None, 16, *semantic_sides(width, height, compression)))
         text = self.encode_prompt(prompts, negative)
         N, P = len(latents), len(text.pooled) // 2
-        require(N % P == 0, f"{N} latents for {P} prompts: expected a multiple of the prompts' number")
+        require(N % P == 0, f"{N} latents for {P} prompts: expected as many for each prompt")
         recipe = replace(RECIPES[recipe], shift=RECIPES[recipe].decoder_shift)
         guidance = recipe.decoder_guidance if guidance is None else guidance
         check(guidance=guidance)
@@ -246,7 +218,7 @@ class Cascade:
             for _ in range(1 + prior_steps):            # the initial noise, then once per step
                 draw_noise(noise_generators, latents.shape[1:], "cpu")
         condition = {"clip_text_pooled": text.pooled.repeat_interleave(N // P, dim=0),  # (2 * N, 1, D)
-                     "effnet": append_zeros(latents)}  # (2 * N, 16, Hc, Wc)
+                     "effnet": torch.cat([latents, torch.zeros_like(latents)])}  # (2 * N, 16, Hc, Wc)
         shape = (4, 2 * math.ceil(height / 8), 2 * math.ceil(width / 8))  # even, for Stage B's patches
         z = self._denoise("stage_b", shape, condition, steps, guidance, noise_generators, recipe,
                           callback)
@@ -259,10 +231,10 @@ class Cascade:
         """Stage B or C: noise -> the last latents (N, *shape), fp32."""
         require(callback is None or callable(callback), "callback: expected a function")
         unet = self.network(name)
-        widths = {"clip_text": unet.config.text_dim, "clip_text_pooled": unet.config.text_dim,
-                  "clip_img": unet.config.image_dim}
-        for key in condition.keys() & widths:
-            check_tensor(f"{self.file(name)}: {key}", condition[key], (None, None, widths[key]))
+        for key, value in condition.items():
+            if key != "effnet":                         # an embedding, of the width that this network takes
+                width = unet.config.image_dim if key == "clip_img" else unet.config.text_dim
+                check_tensor(f"{self.file(name)}: {key}", value, (None, None, width))
         latents = sample(
             unet, shape, condition, steps, guidance, noise_generators, recipe, **extras)
         steps = count_steps(steps)
@@ -284,12 +256,15 @@ class Cascade:
         return self.check_finite("stage_a", torch.cat(pixels)).clamp(0, 1)
 
     @torch.no_grad()
-    def encode_prompt(self, prompts: Prompts, negative: str | list[str] = "") -> TextEmbeddings:
+    def encode_prompt(self, prompts, negative="") -> TextEmbeddings:
         """Embeds P prompts and their negative prompts, one for all or one for each. TextEmbeddings are returned
         as they are."""
         if isinstance(prompts, TextEmbeddings):
             require(negative == "", "negative: expected none, as TextEmbeddings include it")
-            prompts.check()
+            check_tensor("text embeddings: hidden", prompts.hidden, (None, None, None))
+            rows = len(prompts.hidden)
+            check_tensor("text embeddings: pooled", prompts.pooled, (rows, 1, None))
+            require(rows % 2 == 0, "text embeddings: expected an even number of rows")
             return prompts.to(self.device)
         prompts = check_strings("prompts", prompts)
         negative = check_strings("negative", negative)
@@ -313,13 +288,13 @@ class Cascade:
         folder = self.folder / "tokenizer"
         tokenizer = text_encoder.Tokenizer(folder, config.length, self.tokens)
         require(tokenizer.end == config.end,
-                f"{folder}: expected the text encoder's end token {config.end}, got {tokenizer.end}")
+                f"{folder}: expected the text encoder's end token, {config.end}, got {tokenizer.end}")
         if self.keep:
             self.kept["tokenizer"] = tokenizer
         return tokenizer
 
     @torch.no_grad()
-    def encode_image(self, images: list | OneImage | Tensor) -> Tensor:
+    def encode_image(self, images) -> Tensor:
         """CLIP embeddings (R, E) of reference images. Embeddings are returned as they are."""
         if torch.is_tensor(images):
             check_tensor("variation_images", images, (None, None))
@@ -334,8 +309,7 @@ class Cascade:
         return self.check_finite("image_encoder", embeddings)
 
     @torch.no_grad()
-    def encode_semantic(self, image: OneImage | Tensor, width: int | None = None,
-                        height: int | None = None, compression: float = COMPRESSION) -> Tensor:
+    def encode_semantic(self, image, width=None, height=None, compression=COMPRESSION) -> Tensor:
         """The semantic latent (1, 16, Hc, Wc), fp32, of an image that is resized and cropped to width x height. Latents
         are returned as they are."""
         width, height = self.size(width, height)
@@ -355,7 +329,7 @@ class Cascade:
         """The ControlNet's feature maps for some of Stage C's residual blocks."""
         name = f"controlnet/{control}"
         if torch.is_tensor(hint):
-            check_tensor("hint", hint, (1, CHANNELS["hint_channels"][name], None, None))
+            check_tensor("hint", hint, (1, CONTROLS[control], None, None))
             smallest = 1 if control == "super_resolution" else 32
             require(min(hint.shape[2:]) >= smallest, f"hint: expected sides of {smallest} or more")
         elif control == "canny":
@@ -374,18 +348,29 @@ class Cascade:
             self.check_finite(name, value)
         return maps
 
-    def check_networks(self, *names):
-        """Refuses files that are missing or do not fit together. It reads only their headers, so it comes before any work."""
+    def check_networks(self, *names) -> dict[str, str]:
+        """Refuses files that are missing or hold other networks; it reads only their headers. Returns the file, device and
+        type of each network."""
+        networks = {}
         for name in names:
-            self.file(name)
+            file = self.file(name).relative_to(self.folder).as_posix()
+            networks[name] = f"{file}, {self.device.type}, {self.dtypes[name]}"
         for name in names:
-            config = self.config(name)
-            if isinstance(config, model.ControlNetConfig):
-                widths = dict(enumerate(self.config("stage_c").residual_widths))
-                for block in config.blocks:
-                    width = widths.get(block, 0)
-                    require(width == config.unet_width, f"{self.file(name)}: is for another Stage C: it has "
-                            f"{config.unet_width} channels for residual block {block}, expected {width}")
+            if name not in self.kept:
+                self.config(name)
+        return networks
+
+    def check_controlnet(self, control):
+        """Refuses a ControlNet for another Stage C."""
+        if control is None:
+            return
+        controlnet = self.config(f"controlnet/{control}")
+        widths = dict(enumerate(self.config("stage_c").residual_widths))
+        for block in controlnet.blocks:
+            expected = widths.get(block, 0)
+            found = controlnet.unet_width
+            require(found == expected, f"controlnet/{control}: is for another Stage C: it has {found} "
+                    f"channels for residual block {block}, expected {expected}")
 
     def config(self, name: str):
         """The config of a network, from the header of its file."""
@@ -422,10 +407,10 @@ class Cascade:
         return [bpe.encode(word, add_special_tokens=False).ids for word in self.tokens.values()]
 
     def file(self, name: str) -> Path:
-        return find_file(self.folder, f"{name}_lite" if name in self.lite else name, self.dtypes[name])
+        version = f"{name}_lite" if name in self.lite else name
+        return find_file(self.folder, version, self.dtypes[name])
 
-    def size(self, width: int | None, height: int | None, control: str | None = None,
-             hint: OneImage | Tensor | None = None) -> tuple[int, int]:
+    def size(self, width, height, control=None, hint=None) -> tuple[int, int]:
         """Fills in None with the size of the hint image, for super-resolution twice that, else with the size in the Stage C
         file's metadata, which it was trained for, else with 1024."""
         if width is None or height is None:
@@ -444,21 +429,14 @@ class Cascade:
 
     def check_finite(self, name, tensor, when=""):
         require(tensor.isfinite().all(),
-                f"{label(name)}: the output is not finite{when}; {self.file(name)} may be damaged, or its "
-                f"numbers too large for {self.dtypes[name]}: try bf16 or fp32")
+                f"{label(name)}: the output is not finite{when}; {self.file(name)} may be damaged, "
+                f"or its values too large for {self.dtypes[name]}: try bf16 or fp32")
         return tensor
 
 
 # ---------------------------------------------------------------------------------------------------- checks and sizes
-LIMITS = {
-    "width": (int, 64, 8192), "height": (int, 64, 8192), "images": (int, 1, 1000),
-    "seed": (int, 0, 2 ** 32 - 1),                      # CPU generators use 32 bits
-    "compression": (float, 4, 128),
-    "steps": (int, 1, 1000), "decoder_steps": (int, 1, 1000), "prior_steps": (int, 0, 1000),
-    "guidance": (float, 0, 100), "decoder_guidance": (float, 0, 100), "strength": (float, 0, 1),
-    "control_strength": (float, 0, 100), "lora_strength": (float, -100, 100)}
-CHOICES = {
-    "recipe": RECIPES, "output": OUTPUTS, "lite": LITE, "network": NETWORK_NAMES, "control": CONTROLS}
+CHOICES = {"recipe": RECIPES, "output": OUTPUTS, "lite": LITE, "network": NETWORK_NAMES,
+           "control": CONTROLS}
 
 
 def is_number(value, low=0, high=1, kind=numbers.Real):
@@ -466,7 +444,7 @@ def is_number(value, low=0, high=1, kind=numbers.Real):
 
 
 def check(**values):
-    """Raises an error that names the first value that is not valid, by its keyword or by its option."""
+    """Raises an error that names the first invalid value, by its keyword or by its option."""
     for label, value in values.items():
         name = label.removeprefix("--").replace("-", "_")
         is_times = isinstance(value, (list, tuple)) and all(map(is_number, value))
@@ -474,7 +452,7 @@ def check(**values):
             expected = "two times from 0 to 1, the lower one first"
             valid = is_times and len(value) == 2 and value[0] <= value[1]
         elif name in ("steps", "decoder_steps") and isinstance(value, list):
-            expected = "at least two times that fall, from 1 at most to 0 at least"
+            expected = "at least two falling times between 1 and 0"
             valid = is_times and len(value) > 1 and value == sorted(set(value), reverse=True)
         elif name in CHOICES:
             expected = f"one of {', '.join(map(str, CHOICES[name]))}"
@@ -490,7 +468,7 @@ def check_seeds(first, count):
     check(seed=first)
     last = int(first) + count - 1
     limit = LIMITS["seed"][2]
-    require(last <= limit, f"seed: {count} images need seeds up to {last}, expected {limit} at most")
+    require(last <= limit, f"seed: {count} images need up to {last}, expected at most {limit}")
     return int(first)
 
 
@@ -543,10 +521,10 @@ def default_dtype(device):
 
 
 def check_device(device):
-    device = default_device() if device == "auto" else device
     try:
-        torch.zeros(1, device=device).item()
-        return torch.device(device)
+        found = torch.device(default_device() if device == "auto" else device)
+        torch.zeros(1, device=found).item()
+        return found
     except Exception as error:  # each backend raises its own
         reason = str(error).split("\n")[0]
         raise CascadeError(f"device: {device!r} is not available ({reason}); try cpu") from error
@@ -595,7 +573,7 @@ def semantic_sides(width, height, compression):
 
 
 def count_steps(steps, strength=None):
-    """The number of denoising steps: of a list of times, or of a number what `strength`, if there is one, leaves of it."""
+    """The number of denoising steps in a list of times, or what `strength` leaves of a number of steps."""
     if isinstance(steps, list):
         return len(steps) - 1
     return steps if strength is None else int(steps * strength)
@@ -608,8 +586,10 @@ def label(name):
 # ---------------------------------------------------------------------------------------------------- files and images
 FOLDERS = {"stage_c": "prior", "stage_c_lite": "prior_lite", "stage_a": "vqgan",
            "stage_b": "decoder", "stage_b_lite": "decoder_lite"}        # of the diffusers layout
-PACKED = {"stable_cascade_stage_c": ("stage_c", "effnet_encoder", "previewer", "text_encoder", "image_encoder"),
-          "stable_cascade_stage_b": ("stage_b", "stage_a", "text_encoder")}     # ComfyUI's files
+PACKED = {                                              # ComfyUI's files
+    "stable_cascade_stage_c": (
+        "stage_c", "effnet_encoder", "previewer", "text_encoder", "image_encoder"),
+    "stable_cascade_stage_b": ("stage_b", "stage_a", "text_encoder")}
 ENDINGS = {torch.float32: ("", ".bf16", "_bf16", ".fp16", "_fp16"),     # of a file's name, the fitting type first
            torch.bfloat16: (".bf16", "_bf16", "", ".fp16", "_fp16"),
            torch.float16: (".fp16", "_fp16", "", ".bf16", "_bf16")}
@@ -628,14 +608,14 @@ def find_file(folder, name, dtype):
         if exists(path):
             return path
     files = " or ".join(f"{place}.safetensors" for place in places)
-    raise CascadeError(f"{folder}: {name} is missing (expected {files}, or with .bf16, _bf16, .fp16 "
-                       "or _fp16); see 'Official weights' in README.md")
+    raise CascadeError(f"{folder}: {name} is missing (expected {files}; also with .bf16, _bf16, "
+                       ".fp16 or _fp16); see 'Official weights' in README.md")
 
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
 
-def load_image(source: OneImage) -> Image.Image:
+def load_image(source: str | Path | Image.Image) -> Image.Image:
     """Opens an image as RGB, with its EXIF rotation applied and transparency on white."""
     if isinstance(source, Image.Image):
         return to_rgb(source)
@@ -685,7 +665,7 @@ def load_mask(mask, image, width, height):
 
 
 def canny_hint(pixels):
-    """Pixels (1, 3, H, W) in [0, 1] -> their edges (1, 1, H, W), as the original: at 224 x 224 pixels, whatever the size."""
+    """Pixels (1, 3, H, W) in [0, 1] -> their edges (1, 1, H, W), found at 224 x 224 pixels, as in the original code."""
     small = F.interpolate(pixels, (224, 224), mode="bilinear")
     small = (small[0].permute(1, 2, 0) * 255).byte()  # (224, 224, 3)
     edges = canny(small)[None, None].float()  # (1, 1, 224, 224)
@@ -693,9 +673,10 @@ def canny_hint(pixels):
 
 
 def canny(image: Tensor | np.ndarray, low: int = 100, high: int = 200) -> Tensor:
-    """The edges of an image (Canny, 1986): (H, W, 3), uint8 -> (H, W), bool. The same as those of OpenCV's cv2.Canny."""
+    """The edges of an image (Canny, 1986): (H, W, 3), uint8 -> (H, W), bool. Identical to OpenCV's cv2.Canny."""
     sobel = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]])
-    padded = F.pad(torch.as_tensor(image).permute(2, 0, 1).float(), (1, 1, 1, 1), "replicate")[:, None]
+    image = torch.as_tensor(image).permute(2, 0, 1).float()  # (3, H, W)
+    padded = F.pad(image, (1, 1, 1, 1), "replicate")[:, None]  # (3, 1, H + 2, W + 2)
     dx = F.conv2d(padded, sobel[None, None])[:, 0]  # (3, H, W)
     dy = F.conv2d(padded, sobel.T[None, None])[:, 0]  # (3, H, W)
     strongest = (dx.abs() + dy.abs()).argmax(0, keepdim=True)  # the channel
@@ -793,48 +774,52 @@ def token_and_word(text):
     return token, word
 
 
+TEXT = {"metavar": "TEXT"}
+FOLDER = {"metavar": "FOLDER", "type": Path}
 FILE = {"metavar": "FILE"}
 NEW_FILE = {"metavar": "FILE", "type": Path}
 FILES = {"metavar": "FILE", "action": "append"}
 LORA = {"metavar": "FILE[:STRENGTH]", "action": "append", "type": lora_and_strength}
 TOKEN = {"metavar": "NEW=WORD", "action": "append", "type": token_and_word}
-INTERVAL = {"metavar": ("LOW", "HIGH"), "nargs": 2, "type": float}
+TIMES = {"metavar": ("LOW", "HIGH"), "nargs": 2, "type": float}
 FLAG = {"action": "store_const", "const": True}
 PRIOR = {"action": "store_const", "const": "prior"}
 DECODER = {"action": "store_const", "const": "decoder"}
-# name: (modes that use it, default there, how argparse reads it, help)
+# name: (the modes that use it, its default, a number's limits or argparse's settings, help). The modes are the letters in
+# MODES; P and R stand for p and r when only latents are saved.
 OPTIONS = {
     "prompt_file": ("f", None, FILE, "one prompt per line; existing images are skipped"),
     "overwrite": ("f", None, FLAG, "replace images with other settings"),
     "latents": ("l", None, FILE, "decode these saved semantic latents"),
-    "variation_image": ("pf", None, FILES, "reference image (repeatable)"),
-    "init_image": ("pf", None, FILE, "image to image: the image to start from"),
-    "strength": ("pf", 0.8, {}, "how much --init-image changes"),
-    "control": ("pf", None, {"choices": CONTROLS}, "use this ControlNet; needs --hint"),
-    "hint": ("pf", None, FILE, "the image that the ControlNet looks at"),
-    "control_strength": ("pf", 1.0, {}, "factor of the ControlNet's output"),
-    "mask": ("pf", None, FILE, "white where to paint, for --init-image or --control inpainting"),
-    "lora": ("pfl", None, LORA, "merge this LoRA into the weights (repeatable; strength: 1)"),
-    "token": ("pfl", None, TOKEN, "a LoRA's new token, and the word it starts from (repeatable)"),
-    "reconstruct": ("r", None, FILE, "encode this image to a semantic latent, then decode"),
-    "previews": ("p", None, {"metavar": "FOLDER", "type": Path}, "save Stage C's prediction at each step"),
-    "animate": ("p", None, NEW_FILE, ".gif or .webp: what both stages predict, for the first image"),
-    "negative": ("pf", "", {"metavar": "TEXT"}, "negative prompt: what not to draw (needs guidance)"),
-    "width": ("pfr", None, {}, "in pixels (default: the size trained for)"),
-    "height": ("pfr", None, {}, "in pixels (default: the size trained for)"),
-    "compression": ("pfr", COMPRESSION, {}, "image size / semantic latent's size; up to 64 for large images"),
-    "images": ("pf", 1, {}, "images per prompt"),
-    "seed": ("pfr", 0, {}, "of the first image; image i has seed + i"),
-    "steps": ("pf", 20, {}, "denoising steps of Stage C"),
-    "guidance": ("pf", 4.0, {}, "guidance scale; up to 1: none"),
-    "guidance_interval": ("pf", [0.0, 1.0], INTERVAL, "times with guidance; 1 is pure noise"),
-    "decoder_steps": ("pflr", 10, {}, "of Stage B"),
-    "decoder_guidance": ("pflr", None, {}, "guidance scale of Stage B (default: the recipe's)"),
-    "decoder_dtype": ("pflr", None, {"choices": DTYPES}, "of Stage B and A (default: as --dtype)"),
-    "recipe": ("pfr", "diffusers", {"choices": RECIPES}, "sampling recipe, see sampler.py"),
-    "lite_prior": ("pf", None, PRIOR, "the lite version of Stage C"),
-    "lite_decoder": ("pflr", None, DECODER, "the lite version of Stage B")}
-STAGE_B = {"decoder_steps", "decoder_guidance", "decoder_dtype", "lite_decoder"}
+    "variation_image": ("pPf", None, FILES, "reference image (repeatable)"),
+    "init_image": ("pPf", None, FILE, "image to image: the image to start from"),
+    "strength": ("pPf", 0.8, (float, 0, 1), "how much --init-image changes"),
+    "control": ("pPf", None, {"choices": CONTROLS}, "use this ControlNet; needs --hint"),
+    "hint": ("pPf", None, FILE, "the ControlNet's hint image"),
+    "control_strength": ("pPf", 1.0, (float, 0, 100), "factor of the ControlNet's output"),
+    "mask": ("pPf", None, FILE, "white where to paint; for --init-image, --control inpainting"),
+    "lora": ("pPfl", None, LORA, "merge this LoRA into the weights (repeatable; strength: 1)"),
+    "token": ("pPfl", None, TOKEN, "a LoRA's new token, and its initial word (repeatable)"),
+    "reconstruct": ("rR", None, FILE, "encode this image to a semantic latent, then decode"),
+    "previews": ("pP", None, FOLDER, "save Stage C's prediction at each step"),
+    "animate": ("p", None, NEW_FILE, ".gif or .webp: the first image, step by step in both stages"),
+    "negative": ("pPf", "", TEXT, "negative prompt: what not to draw (needs guidance)"),
+    "width": ("pPfrR", None, (int, 64, 8192), "in pixels (default: the size trained for)"),
+    "height": ("pPfrR", None, (int, 64, 8192), "in pixels (default: the size trained for)"),
+    "compression": ("pPfrR", COMPRESSION, (float, 4, 128), "image size / semantic latent's size"),
+    "images": ("pPf", 1, (int, 1, 1000), "images per prompt"),
+    "seed": ("pPfrR", 0, (int, 0, 2 ** 32 - 1), "of the first image; image i has seed + i"),
+    "steps": ("pPf", 20, (int, 1, 1000), "denoising steps of Stage C"),
+    "guidance": ("pPf", 4.0, (float, 0, 100), "guidance scale; up to 1: none"),
+    "guidance_interval": ("pPf", [0.0, 1.0], TIMES, "apply guidance at these times; 1 is noise"),
+    "decoder_steps": ("pflr", 10, (int, 1, 1000), "denoising steps of Stage B"),
+    "decoder_guidance": ("pflr", None, (float, 0, 100), "that of Stage B (default: the recipe's)"),
+    "recipe": ("pPfrR", "diffusers", {"choices": RECIPES}, "sampling recipe, see sampler.py"),
+    "lite_prior": ("pPf", None, PRIOR, "the lite Stage C"),
+    "lite_decoder": ("pflr", None, DECODER, "the lite Stage B"),
+    "decoder_dtype": ("pflr", None, {"choices": DTYPES}, "of Stage B and A (default: as --dtype)")}
+LIMITS = {name: takes for name, (_, _, takes, _) in OPTIONS.items() if isinstance(takes, tuple)}
+LIMITS |= {"prior_steps": (int, 0, 1000), "lora_strength": (float, -100, 100)}
 
 
 class Parser(argparse.ArgumentParser):
@@ -848,21 +833,21 @@ def parse(arguments: list[str]) -> argparse.Namespace:
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("prompts", nargs="*", metavar="PROMPT", help="what to draw; one image for each prompt")
-    add("-o", "--output", default=Path("image.png"), **NEW_FILE, help=".png, or .safetensors for latents")
+    add("-o", "--output", default=Path("image.png"), type=Path, metavar="FILE",
+        help=".png, or .safetensors for latents")
+    lite = parser.add_mutually_exclusive_group()
+    lite.add_argument("--lite", action="store_true", help="the lite Stage C and Stage B")
+    for name, (_, default, takes, text) in OPTIONS.items():
+        settings = {"type": number(name)} if name in LIMITS else takes
+        if default not in (None, ""):
+            text += f" (default: {default})"
+        group = lite if name.startswith("lite") else parser
+        group.add_argument(option(name), **settings, help=text)
     add("--weights", default=TINY, metavar="FOLDER", help="(default: weights/tiny)")
     add("--device", default="auto", help="torch device (default: CUDA, else MPS, else the CPU)")
     add("--dtype", default="auto", choices=("auto", *DTYPES),
         help="of the weights (default: fp32; on CUDA bf16, or fp16 where the GPU has no bf16)")
     add("--traceback", action="store_true", help="print the traceback of an error")
-    lite = parser.add_mutually_exclusive_group()
-    lite.add_argument("--lite", action="store_true", help="the lite versions of Stage C and Stage B")
-    for name, (_, default, settings, text) in OPTIONS.items():
-        if name in LIMITS:
-            settings = {"type": number(name)}
-        if default:
-            text += f" (default: {default})"
-        group = lite if name.startswith("lite") else parser
-        group.add_argument(option(name), **settings, help=text)
     return parser.parse_intermixed_args(arguments)
 
 
@@ -873,9 +858,9 @@ def settle(options):
     if not modes and (options.variation_image or options.init_image or options.hint):
         modes = ["prompts"]
         options.prompts = [""]
-    require(len(modes) == 1, "expected exactly one of: prompts, --prompt-file, --latents, --reconstruct"
-            ", --variation-image, --init-image, --hint; got "
-            f"{' and '.join(map(option, modes)) or 'none'}")
+    found = " and ".join(map(option, modes)) or "none"
+    require(len(modes) == 1, "expected exactly one of: prompts, --prompt-file, --latents, --reconstruct; "
+            f"or --variation-image, --init-image or --hint alone; got {found}")
     mode = modes[0]
     if mode in ("prompts", "prompt_file"):
         check_control(options.control, options.hint, options.mask, options.init_image)
@@ -885,14 +870,14 @@ def settle(options):
             require(getattr(options, name) is None, f"{option(name)}: needs {option(other)}")
             unused.add(name)
     latents_only = options.output.suffix == ".safetensors"
-    if latents_only:
-        unused |= STAGE_B | {"animate"}
     where = "when only latents are saved" if latents_only else f"with {option(mode)}"
-    for name, (used_in, default, _, _) in OPTIONS.items():
+    letter = MODES[mode].upper() if latents_only else MODES[mode]
+    for name, (letters, default, _, _) in OPTIONS.items():
         value = getattr(options, name)
-        is_used = MODES[mode] in used_in and name not in unused
+        is_used = letter in letters and name not in unused
         require(value is None or is_used, f"{option(name)}: not used {where}")
-        require(value not in ("", [""]) or name == "negative", f"{option(name)}: expected a value, got none")
+        is_empty = value in ("", [""]) and name != "negative"
+        require(not is_empty, f"{option(name)}: expected a value, got none")
         if value is None and is_used:
             setattr(options, name, default)
     if options.guidance_interval:
@@ -976,12 +961,11 @@ class Job:
 def run(options):
     mode = settle(options)
     rank, world = torchrun_rank(mode)
-    if options.device == "auto":
-        options.device = default_device()
-    if options.device == "cuda" and world > 1:          # each process has a GPU of its own
-        options.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    device = default_device() if options.device == "auto" else options.device
+    if device == "cuda" and world > 1:                  # each process has a GPU of its own
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     lite = options.lite_prior or options.lite_decoder or options.lite
-    cascade = Cascade(options.weights, options.device, options.dtype, lite, options.decoder_dtype,
+    cascade = Cascade(options.weights, device, options.dtype, lite, options.decoder_dtype,
                       keep=mode == "prompt_file", progress=True, loras=options.lora or [],
                       tokens=dict(options.token or []))
     jobs = plan_latents(options, cascade) if mode == "latents" else plan(options, mode, cascade)
@@ -1005,29 +989,25 @@ def torchrun_rank(mode):
     return int(rank), int(world)
 
 
-def describe(cascade, names):
-    """File, device and type of each network."""
-    networks = {}
-    for name in names:
-        file = cascade.file(name).relative_to(cascade.folder).as_posix()
-        networks[name] = f"{file}, {cascade.device.type}, {cascade.dtypes[name]}"
-    return networks
-
-
 def plan(options, mode, cascade):
     """The jobs of a run that starts from prompts or images."""
-    needed = {
-        "text_encoder": True, "stage_c": not options.reconstruct, "image_encoder": options.variation_image,
-        "effnet_encoder": options.reconstruct or options.init_image or options.control == "super_resolution",
-        f"controlnet/{options.control}": options.control, "stage_b": options.output.suffix == ".png",
-        "stage_a": options.output.suffix == ".png", "previewer": options.previews or options.animate}
-    names = [name for name in needed if needed[name]]
-    cascade.check_networks(*names)
+    names = ["text_encoder", "effnet_encoder" if options.reconstruct else "stage_c"]
+    if options.variation_image:
+        names.append("image_encoder")
+    if options.init_image or options.control == "super_resolution":
+        names.append("effnet_encoder")
+    if options.control:
+        names.append(f"controlnet/{options.control}")
+    if options.output.suffix == ".png":
+        names += ["stage_b", "stage_a"]
+    if options.previews or options.animate:
+        cascade.check_networks("previewer")
     names_of_fields = [field.name for field in fields(Record)]
     values = {name: value for name, value in vars(options).items() if name in names_of_fields}
+    values["networks"] = cascade.check_networks(*names)
+    cascade.check_controlnet(options.control)
     values["width"], values["height"] = cascade.size(
         options.width, options.height, options.control, options.hint)
-    values["networks"] = describe(cascade, [name for name in names if name != "previewer"])
     values["prompts"] = options.prompts or [""]
     values["images"] = options.images or 1
     for name in ("init_image", "reconstruct", "hint", "mask"):
@@ -1069,13 +1049,11 @@ def plan_latents(options, cascade):
         check_seeds(record.seed, count)
         shape = (count, 16, *semantic_sides(record.width, record.height, record.compression))
         check_tensor("latents", latents, shape)
-    names = ("text_encoder", "stage_b", "stage_a")
-    cascade.check_networks(*names)
     guidance = options.decoder_guidance
-    record = replace(
-        record, decoder_steps=options.decoder_steps,
-        decoder_guidance=RECIPES[record.recipe].decoder_guidance if guidance is None else guidance,
-        networks=record.networks | describe(cascade, names))
+    if guidance is None:
+        guidance = RECIPES[record.recipe].decoder_guidance
+    networks = record.networks | cascade.check_networks("text_encoder", "stage_b", "stage_a")
+    record = replace(record, decoder_steps=options.decoder_steps, decoder_guidance=guidance, networks=networks)
     return [Job(record, output_paths(options.output, 0, count), latents)]
 
 
@@ -1093,7 +1071,7 @@ def output_paths(path, first, count, numbered=False):
 
 
 def check_outputs(options, paths):
-    """Refuses, before the work, what could not be written after it or would overwrite something else."""
+    """Refuses, before any work, outputs that could not be written or would overwrite something else."""
     inputs = [options.prompt_file, options.latents, options.init_image, options.reconstruct,
               options.hint, options.mask, *(options.variation_image or [])]
     inputs = [os.path.realpath(path) for path in inputs if path]
@@ -1107,9 +1085,10 @@ def check_outputs(options, paths):
         require(writable, f"{path}: cannot be written; does its folder exist, and is it writable?")
         if exists(path):
             require(path.is_file(), f"{path}: cannot be written; it is not a file")
-            require(os.path.realpath(path) not in inputs, f"{path}: is an input; expected another name")
+            is_input = os.path.realpath(path) in inputs
+            require(not is_input, f"{path}: is an input; expected another name")
             is_ours = path.suffix != ".safetensors" or "cascade" in Weights(path).metadata
-            require(is_ours, f"{path}: exists and holds other tensors than latents")
+            require(is_ours, f"{path}: exists and holds tensors other than latents")
 
 
 def remaining(options, jobs, rank, world):
@@ -1119,7 +1098,9 @@ def remaining(options, jobs, rank, world):
         say(f"rank {rank} of {world}: {len(share)} of {len(jobs)} prompts")
     missing = []
     for job in share:
-        done = [is_done(path, job.record.texts(i), options.overwrite) for i, path in enumerate(job.outputs)]
+        done = []
+        for i, path in enumerate(job.outputs):
+            done.append(is_done(path, job.record.texts(i), options.overwrite))
         if not all(done):
             missing.append(job)
     if share and not missing:
@@ -1179,8 +1160,8 @@ def generate_latents(options, cascade, record, text, callback):
         text, images=record.images, seed=record.seed, steps=record.steps, guidance=record.guidance,
         recipe=record.recipe, interval=record.guidance_interval, callback=callback,
         variation_images=options.variation_image, init_image=options.init_image,
-        strength=record.strength or 0.0, control=record.control, hint=options.hint, mask=options.mask,
-        control_strength=record.control_strength or 0.0, **size)
+        strength=record.strength or 0.0, control=record.control, hint=options.hint,
+        mask=options.mask, control_strength=record.control_strength or 0.0, **size)
 
 
 def decode_images(cascade, job, text, animation):
@@ -1196,8 +1177,8 @@ def decode_images(cascade, job, text, animation):
 
 
 def show_previews(cascade, folder=None, animation=None):
-    """A callback that shows what Stage C predicts at each step: saved to a folder, the images side by side, or added to
-    an animation."""
+    """A callback that shows Stage C's prediction at each step: it saves the images side by side in a folder, adds the first
+    to an animation, or both."""
     previewer = cascade.network("previewer")
 
     def callback(step, x0):

@@ -527,7 +527,7 @@ def efficientnet(config, c_in=3):
     """The backbone of the semantic encoder, and of a ControlNet that looks at images."""
     backbone = nn.Sequential(conv_norm_act(c_in, config.stem, 3, stride=2))
     if c_in != 3:
-        backbone[0][0].padding = (0, 0)  # as in the original; tensors do not tell
+        backbone[0][0].padding = (0, 0)  # as in the original; the tensors do not show it
     c = config.stem
     for (fused, expansion, width, count), stride in zip(config.stages, STRIDES):
         blocks = [MBConv(c, width, fused, expansion, stride)]
@@ -595,8 +595,8 @@ CONTROL_BLOCKS = (0, 4, 8, 12, 51, 55, 59, 63)          # of the official Contro
 class ControlNetConfig:
     hint_channels: int                          # 1: edges; 4: an image and a mask; 16: a semantic latent
     encoder: SemanticEncoderConfig | None = None        # of a hint in pixels; None: the hint is a semantic latent
-    widths: tuple[int, int] = (16384, 1024)     # channels of the network for a semantic latent, and
-    depth: int = 8                              # its number of blocks
+    widths: tuple[int, int] = (16384, 1024)     # channels of the network for a semantic latent
+    depth: int = 8                              # number of its blocks
     features: int = 1280
     blocks: tuple[int, ...] = CONTROL_BLOCKS    # the residual blocks of Stage C that get a feature map
     unet_width: int = 2048                      # Stage C's channels
@@ -655,8 +655,8 @@ class ControlNet(nn.Module):
 # ---------------------------------------------------------------------------------------------------- reading files
 @contextmanager
 def reading(path, expected: str):
-    """The one boundary for files from outside: any failure while this one is read becomes a CascadeError of one line that
-    names it. Only regular files are opened (a pipe would wait forever)."""
+    """The one boundary for files from outside: any failure to read this one becomes a CascadeError of one line that names
+    it. Only regular files are opened: reading a pipe might wait forever."""
     try:
         is_file = stat.S_ISREG(os.stat(Path(path)).st_mode)
         require(is_file, f"{path}: expected {expected}, got a folder or a special file")
@@ -684,7 +684,7 @@ def exists(path) -> bool:
         raise CascadeError(f"{path}: cannot be opened ({error})") from error
 
 
-# What may stand before the names of a network. ComfyUI packs several networks into one file.
+# Prefixes that the names of a network may have. ComfyUI packs several networks into one file.
 PREFIXES = (
     "", "state_dict.", "module.", "model.", "unet.", "stage_a.", "stage_b.", "stage_c.",
     "effnet_encoder.", "previewer.", "text_encoder.", "image_encoder.",
@@ -692,7 +692,7 @@ PREFIXES = (
     "vae.encoder.", "vae.previewer.", "vae.",           # the semantic encoder and the previewer, or Stage A
     "clip_l_vision.")                                   # the image encoder
 UNUSED = ("logit_scale", ".position_ids", "vae.encoder.mean", "vae.encoder.std")    # endings of names that are not weights
-# Names in other layouts, and the official ones. Query, key and value are three tensors there, and one here.
+# Names in other layouts and the official ones. There, query, key and value are three tensors; here they are one.
 NAMES = (
     ("attention.to_", "attention.attn.to_"),            # diffusers
     ("attn.to_out.0.", "attn.out_proj."),
@@ -759,8 +759,8 @@ class Weights(dict):
 
     def check_float(self, name):
         types = {self.file.get_slice(part).get_dtype() for part in self.sources[name]}
-        require(types.issubset(FLOAT_TYPES), f"{self.path}: tensor {name}: expected fp32, bf16, fp16 or "
-                f"fp8 e4m3, got {', '.join(types)}; quantised files cannot be read")
+        require(types.issubset(FLOAT_TYPES), f"{self.path}: tensor {name}: expected fp32, bf16, fp16 "
+                f"or fp8 e4m3, got {', '.join(types)}; quantised files cannot be read")
 
     def load_into(self, network, device, dtype, loras=()):
         """Gives the file's tensors, changed by the LoRAs, to a network on the meta device. At most one copy of the weights
@@ -827,7 +827,8 @@ def unet_config(weights: Weights) -> UNetConfig:
     def letters(level):
         layers = "|".join(map(re.escape, LETTERS))
         blocks = re.findall(rf"(?m)^{level}\.(\d+)\.({layers})\.weight$", names)
-        return "".join(LETTERS[layer] for _, layer in sorted(blocks, key=lambda block: int(block[0])))
+        blocks.sort(key=lambda block: int(block[0]))
+        return "".join(LETTERS[layer] for _, layer in blocks)
 
     def repeats(mappers):
         return 1 + len(weights.series(mappers + ".{}.weight"))
@@ -892,8 +893,8 @@ def controlnet_config(weights: Weights) -> ControlNetConfig:
         valid = isinstance(blocks, list) and all(type(block) is int for block in blocks)
         require(valid and len(set(blocks)) == len(projections),
                 f"metadata: blocks: expected {len(projections)} numbers, got {blocks!r:.80}")
-    require(len(projections) == len(blocks), f"{len(projections)} projections: expected 8, or metadata "
-            "that say which residual blocks they are for: \"blocks\", a JSON list")
+    require(len(projections) == len(blocks), f"{len(projections)} projections: expected 8, or in the "
+            "metadata \"blocks\", a JSON list of the residual blocks that they are for")
     unet_width, features = projections[0][:2]
     common = {"features": features, "blocks": tuple(blocks), "unet_width": unet_width}
     if "backbone.0.0.weight" in weights:
@@ -967,7 +968,7 @@ LORA_TOKENS = ("embeddings.embeddings", "embeddings.indices")       # see text_e
 
 class Lora:
     """What a LoRA file adds to a network's weights: strength * alpha / rank * up @ down (Hu et al., 2021, section 4.1).
-    The layers of Stage C and those of the text encoder may be in one file; each network leaves the other's alone."""
+    One file may hold layers of Stage C and of the text encoder; each network ignores the other's."""
     def __init__(self, path, strength: float, network: nn.Module):
         self.path = path
         self.strength = strength
@@ -985,7 +986,8 @@ class Lora:
                 if layer.startswith("text_") == ("text_projection" in names):
                     require(layer in names, f"{tensor}: Stage C and the text encoder have no such layer")
                     weights.check_float(tensor)
-                    found.setdefault((layer, third), {})[part] = weights.tensor(tensor, dtype=torch.float32)
+                    parts = found.setdefault((layer, third), {})
+                    parts[part] = weights.tensor(tensor, dtype=torch.float32)
             for (layer, third), parts in found.items():
                 name = names[layer]
                 rows = state[name] if third is None else state[name].chunk(3)[third]
@@ -1008,8 +1010,8 @@ class Lora:
         """lora_unet_up_blocks_0_2_attention_attn_to_q.alpha: the layer up_blocks_0_2_attention_attn_in_proj_weight, its
         third 0, its part alpha."""
         match = LORA_TENSOR.fullmatch(tensor)
-        require(match, f"{tensor}: expected a LoRA, whose tensors are named such as LAYER.lora_up.weight, "
-                "LAYER.lora_down.weight, LAYER.alpha")
+        require(match, f"{tensor}: expected a LoRA, with names such as LAYER.lora_up.weight, "
+                "LAYER.lora_down.weight and LAYER.alpha")
         layer, matrix, alpha = match.groups()
         part = {"A": "down", "B": "up"}.get(matrix, matrix or alpha)
         layer = layer.replace(".", "_")
@@ -1024,9 +1026,10 @@ class Lora:
     def _read_layer(layer, parts, shape):
         require({"down", "up"} <= parts.keys(), f"{layer}: expected both lora_down and lora_up")
         down, up = parts["down"].flatten(1), parts["up"].flatten(1)
+        rows, columns = shape[:2]
         rank = len(down)
-        fits = rank > 0 and up.shape == (shape[0], rank) and down.shape[1] in (shape[1], shape[1:].numel())
-        require(fits, f"{layer}: expected lora_up ({shape[0]}, rank) and lora_down (rank, {shape[1]}), "
+        fits = rank > 0 and up.shape == (rows, rank) and down.shape[1] in (columns, shape[1:].numel())
+        require(fits, f"{layer}: expected lora_up ({rows}, rank) and lora_down (rank, {columns}), "
                 f"got {tuple(up.shape)} and {tuple(down.shape)}")
         alpha = parts.get("alpha", torch.tensor(1 if layer.startswith("weights_") else rank))
         require(alpha.numel() == 1, f"{layer}: expected one alpha")

@@ -69,8 +69,9 @@ def read_tokenizer(folder: Path) -> BytePairTokenizer:
 
 def read_tokenizer_json(path: Path) -> BytePairTokenizer:
     with reading(path, "CLIP's tokenizer"):
-        # newer files list the special tokens here too; they are matched earlier, so nothing changes
-        data = json.loads(path.read_text("utf-8").replace(r"<\\|startoftext\\|>|<\\|endoftext\\|>|", ""))
+        # the pattern for words in newer files lists the special tokens too, which are matched before it
+        text = path.read_text("utf-8").replace(r"<\\|startoftext\\|>|<\\|endoftext\\|>|", "")
+        data = json.loads(text)
         bpe = data["model"]
         merges = bpe.pop("merges")                      # "a b", or in newer files ["a", "b"]
         merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in merges]
@@ -84,7 +85,7 @@ def read_tokenizer_json(path: Path) -> BytePairTokenizer:
 
 
 def agrees(setting, clip):
-    """Whether a setting in tokenizer.json is CLIP's. Older files omit some; empty, false and null are the same."""
+    """Whether a setting in tokenizer.json is CLIP's. Older files omit some; empty, false and null count as equal."""
     if isinstance(clip, dict):
         same_type = setting.get("type") == clip.get("type")
         return same_type and all(agrees(value, clip[key]) for key, value in setting.items())
@@ -114,8 +115,8 @@ class Tokenizer:
         for prompt, row in zip(prompts, rows):
             if row.overflowing:
                 cut = prompt[row.overflowing[0].offsets[1][0]:]  # from the first token after start
-                warnings.warn(f"the prompt {prompt[:30]!r} is cut to {len(row)} tokens, without {cut[:30]!r}",
-                              stacklevel=2)
+                warnings.warn(f"the prompt {prompt[:30]!r} is cut to {len(row)} tokens, "
+                              f"without {cut[:30]!r}", stacklevel=2)
         ids = torch.tensor([row.ids for row in rows])  # (B, L)
         mask = torch.tensor([row.attention_mask for row in rows])  # (B, L)
         return ids, mask
@@ -335,7 +336,7 @@ def add_tokens(encoder: TextEncoder, weights: Weights, loras, tokens):
         for i in indices.argsort().tolist():
             row = int(indices[i])
             if row >= vocabulary:                       # a new token: the next of `tokens`
-                require(end < len(table), f"{path}: has a new token; give its name and the word that it "
+                require(end < len(table), f"{path}: has a new token; give its name and the word it "
                         "starts from, with --token '[new]=word' or tokens={'[new]': 'word'}")
                 row = end
                 end += 1
