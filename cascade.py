@@ -1320,5 +1320,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     tune_process()
+    signal.signal(signal.SIGINT, signal.default_int_handler)        # a shell may start jobs that ignore it
     signal.signal(signal.SIGTERM, terminate)
     sys.exit(main())
