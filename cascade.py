@@ -20,11 +20,6 @@ each side. Stage B generates an image latent from that, 4 times smaller. Stage A
 loaded when it is needed and released afterwards.
 """
 # The letters in shape comments are explained in model.py; here H, W are always pixels.
-import signal
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)        # until main: Ctrl-C ends the imports without a traceback
-
 import argparse
 import ctypes
 import io
@@ -33,14 +28,13 @@ import json
 import math
 import numbers
 import os
+import signal
 import sys
 import traceback
 import uuid
 import warnings
-from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, fields, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import get_type_hints
 
@@ -61,20 +55,16 @@ from sampler import RECIPES, draw_noise, generators, sample
 COMPRESSION = 42.67                                     # pixels per position of the semantic latent: the default
 TINY = Path(__file__).resolve().parent / "weights" / "tiny"
 NETWORKS = model.NETWORKS | text_encoder.NETWORKS
-CHANNELS = {                                            # of latents, which the networks hand to each other
-    "latent_channels": {"stage_c": 16, "stage_b": 4, "stage_a": 4, "effnet_encoder": 16, "previewer": 16},
+CONTROLS = {"canny": 1, "inpainting": 4, "super_resolution": 16}        # kinds of ControlNet: channels of the hint
+NETWORK_NAMES = (*NETWORKS, *(f"controlnet/{control}" for control in CONTROLS))
+CHANNELS = {                                            # of the latents that the networks exchange, and of hints
+    "latent_channels": {
+        "stage_c": 16, "stage_b": 4, "stage_a": 4, "effnet_encoder": 16, "previewer": 16},
     "semantic_channels": {"stage_b": 16, "stage_c": 0},
-    "hint_channels": {
-        "controlnet/canny": 1, "controlnet/inpainting": 4, "controlnet/super_resolution": 16}}
-CONTROLS = ("canny", "inpainting", "super_resolution")  # kinds of ControlNet
-NETWORK_NAMES = (*NETWORKS, *CHANNELS["hint_channels"])
+    "hint_channels": {f"controlnet/{control}": channels for control, channels in CONTROLS.items()}}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OUTPUTS = ("pil", "np", "pt", "latent")
 LITE = {False: (), True: ("stage_c", "stage_b"), "prior": ("stage_c",), "decoder": ("stage_b",)}
-OneImage = str | Path | Image.Image                     # a path or a PIL image
-Device = str | torch.device
-Dtype = str | torch.dtype
-Steps = int | list[float]                               # a number of steps, or the times themselves
 
 
 # ---------------------------------------------------------------------------------------------------- the pipeline
@@ -84,51 +74,27 @@ class TextEmbeddings:
     hidden: Tensor  # (2P, L, D)
     pooled: Tensor  # (2P, 1, D)
 
-    def to(self, device: Device) -> "TextEmbeddings":
+    def to(self, device) -> "TextEmbeddings":
         return TextEmbeddings(self.hidden.to(device), self.pooled.to(device))
-
-    def check(self):
-        check_tensor("text embeddings: hidden", self.hidden, (None, None, None))
-        check_tensor("text embeddings: pooled", self.pooled, (len(self.hidden), 1, None))
-        require(len(self.hidden) % 2 == 0, "text embeddings: expected an even number of rows")
-
-
-Prompts = str | list[str] | TextEmbeddings
-
-
-def append_zeros(conditional):
-    """Conditional rows, followed by as many unconditional rows of zeros."""
-    return torch.cat([conditional, torch.zeros_like(conditional)])
-
-
-def skip_noise_of_prior(noise_generators, shape, prior_steps):
-    """In diffusers both stages draw from the same generator. Skip what Stage C drew from it: the initial noise, then once
-    per step. None: Stage C did not run."""
-    if prior_steps is not None:
-        check(prior_steps=prior_steps)
-        for _ in range(1 + prior_steps):
-            draw_noise(noise_generators, shape, "cpu")
 
 
 class Cascade:
     """The networks of one weights folder: original single files, diffusers folders, ComfyUI's files, or a mixture.
 
-    device          "auto": CUDA if it is available, else MPS, else the CPU
-    dtype           "auto": fp32 on a CPU and on MPS; on CUDA bf16 if the GPU has it, else fp16
+    device          a torch device, or "auto": CUDA if it is available, else MPS, else the CPU
+    dtype           "fp32", "bf16", "fp16", or "auto": fp32 on a CPU and on MPS; on CUDA bf16 if the GPU has it, else fp16
     lite            True: the lite Stage C and Stage B; "prior" or "decoder": only one of them
     decoder_dtype   dtype of Stage B and A (default: dtype)
     keep            keep networks in memory; otherwise every call loads each of them again
     progress        show progress bars
-    loras           LoRA files for Stage C and the text encoder, [(file, strength), ...]
-    tokens          {new token: the word that it starts from}, for LoRAs with new tokens, in the order of training
+    loras           LoRA files for the text encoder, Stage C and Stage B, [(file, strength), ...]
+    tokens          {new token: the word that it starts from}, for LoRAs with new tokens, in the order they were trained
 
     On CUDA, PyTorch computes fp32 convolutions in TF32 and may sum products of bf16 or fp16 in these types, unless a
     script calls `accumulate_in_fp32`, as the command does.
     """
-    def __init__(self, folder: str | Path = TINY, device: Device = "auto", dtype: Dtype = "auto",
-                 lite: bool | str = False, decoder_dtype: Dtype | None = None, keep: bool = False,
-                 progress: bool = False, loras: list[tuple[str | Path, float]] = (),
-                 tokens: dict[str, str] | None = None):
+    def __init__(self, folder=TINY, device="auto", dtype="auto", lite=False, decoder_dtype=None,
+                 keep=False, progress=False, loras=(), tokens=None):
         self.folder = check_folder(folder)
         self.device = check_device(device)
         prior_dtype = check_dtype("dtype", dtype, self.device)
@@ -144,46 +110,34 @@ class Cascade:
         self.kept = {}
 
     @torch.no_grad()
-    def __call__(self, prompts: Prompts = "", negative: str | list[str] = "", *,
-                 width: int | None = None, height: int | None = None, images: int = 1, seed: int = 0,
-                 compression: float = COMPRESSION, steps: Steps = 20, guidance: float = 4.0,
-                 decoder_steps: Steps = 10, decoder_guidance: float | None = None,
-                 recipe: str = "diffusers", output: str = "pil",
-                 variation_images: list | OneImage | Tensor | None = None,
-                 init_image: OneImage | Tensor | None = None, strength: float = 0.8,
-                 interval: tuple[float, float] = (0.0, 1.0), callback: Callable | None = None,
-                 control: str | None = None, hint: OneImage | Tensor | None = None,
-                 mask: OneImage | None = None, control_strength: float = 1.0):
-        """Prompts -> images, `images` for each prompt; image i of the batch has the seed `seed + i`. See `prior`
-        and `decode` for the arguments."""
-        check(decoder_steps=decoder_steps, output=output)
+    def __call__(self, prompts="", negative="", *, width=None, height=None, compression=COMPRESSION,
+                 seed=0, recipe="diffusers", steps=20, decoder_steps=10, decoder_guidance=None,
+                 output="pil", init_image=None, strength=0.8, control=None, hint=None, mask=None,
+                 **others):
+        """Prompts -> images, `images` for each prompt; image i of the batch has the seed `seed + i`. The arguments are
+        those of `prior`, which also gets the others, and of `decode`."""
+        check(decoder_steps=decoder_steps, output=output, steps=steps, strength=strength)
         if decoder_guidance is not None:
             check(decoder_guidance=decoder_guidance)
-        for name in ("text_encoder", "stage_c", "stage_b", "stage_a"):
-            self.file(name)  # a missing file is an error now, not after Stage C
+        check_control(control, hint, mask, init_image)
+        self.check_networks("text_encoder", "stage_c", "stage_b", "stage_a")
+        self.check_controlnet(control)
         width, height = self.size(width, height, control, hint)
+        size = {"width": width, "height": height, "compression": compression}
         text = self.encode_prompt(prompts, negative)
         latents = self.prior(
-            text, width=width, height=height, compression=compression, images=images, seed=seed,
-            steps=steps, guidance=guidance, recipe=recipe, variation_images=variation_images,
-            init_image=init_image, strength=strength, interval=interval, callback=callback,
-            control=control, hint=hint, mask=mask, control_strength=control_strength)
-        prior_steps = count_steps(steps, 1.0 if init_image is None else strength)
+            text, **size, seed=seed, recipe=recipe, steps=steps, init_image=init_image,
+            strength=strength, control=control, hint=hint, mask=mask, **others)
+        prior_steps = count_steps(steps, None if init_image is None else strength)
         return self.decode(
-            latents, text, width=width, height=height, compression=compression, seed=seed,
-            steps=decoder_steps, guidance=decoder_guidance, recipe=recipe, prior_steps=prior_steps,
-            output=output)
+            latents, text, **size, seed=seed, recipe=recipe, steps=decoder_steps,
+            guidance=decoder_guidance, prior_steps=prior_steps, output=output)
 
     @torch.no_grad()
-    def prior(self, prompts: Prompts = "", negative: str | list[str] = "", *,
-              width: int | None = None, height: int | None = None, images: int = 1, seed: int = 0,
-              compression: float = COMPRESSION, steps: Steps = 20, guidance: float = 4.0,
-              recipe: str = "diffusers",
-              variation_images: list | OneImage | Tensor | None = None,
-              init_image: OneImage | Tensor | None = None, strength: float = 0.8,
-              interval: tuple[float, float] = (0.0, 1.0), callback: Callable | None = None,
-              control: str | None = None, hint: OneImage | Tensor | None = None,
-              mask: OneImage | None = None, control_strength: float = 1.0) -> Tensor:
+    def prior(self, prompts="", negative="", *, width=None, height=None, compression=COMPRESSION,
+              images=1, seed=0, recipe="diffusers", steps=20, guidance=4.0, interval=(0.0, 1.0),
+              callback=None, variation_images=None, init_image=None, strength=0.8,
+              control=None, hint=None, mask=None, control_strength=1.0) -> Tensor:
         """Stage C: prompts -> semantic latents (N, 16, Hc, Wc), fp32.
 
         prompts             strings, or TextEmbeddings, which include the negative prompts
@@ -201,6 +155,7 @@ class Cascade:
         check(steps=steps, guidance=guidance, images=images, strength=strength)
         check(recipe=recipe, interval=interval, control_strength=control_strength)
         check_control(control, hint, mask, init_image)
+        self.check_controlnet(control)
         width, height = self.size(width, height, control, hint)
         text = self.encode_prompt(prompts, negative)
         N = images * len(text.pooled) // 2
@@ -209,8 +164,8 @@ class Cascade:
         condition = {"clip_text": text.hidden.repeat_interleave(images, dim=0),  # (2 * N, L, D)
                      "clip_text_pooled": text.pooled.repeat_interleave(images, dim=0)}
         if variation_images is not None:
-            embeddings = self.encode_image(variation_images)  # (R, E)
-            condition["clip_img"] = append_zeros(embeddings.expand(N, -1, -1))  # (2 * N, R, E)
+            cond = self.encode_image(variation_images).expand(N, -1, -1)  # (N, R, E)
+            condition["clip_img"] = torch.cat([cond, torch.zeros_like(cond)])  # (2 * N, R, E)
         extras = {}
         if control is not None:
             maps = self._control_maps(control, hint, mask, width, height, compression)
@@ -224,40 +179,46 @@ class Cascade:
                 white = load_mask(mask, init_image, width, height)  # (1, 1, H, W)
                 extras["mask"] = F.adaptive_max_pool2d(white, shape[1:]).bool()  # (1, 1, Hc, Wc)
             if not isinstance(steps, list):
+                require(int(steps * strength), f"strength: {strength} leaves none of {steps} steps")
                 steps = int(steps * strength)
-            require(steps, f"strength: {strength} leaves no step; expected more of either")
         recipe = replace(RECIPES[recipe], interval=tuple(interval))
         return self._denoise("stage_c", shape, condition, steps, guidance, noise_generators, recipe,
                              callback, **extras)
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, prompts: Prompts = "", negative: str | list[str] = "", *,
-               width: int | None = None, height: int | None = None, seed: int = 0,
-               compression: float = COMPRESSION, steps: Steps = 10, guidance: float | None = None,
-               recipe: str = "diffusers", prior_steps: int | None = 20, output: str = "pil",
-               callback: Callable | None = None):
+    def decode(self, latents, prompts="", negative="", *, width=None, height=None,
+               compression=COMPRESSION, seed=0, recipe="diffusers", steps=10, guidance=None,
+               prior_steps=20, output="pil", callback=None):
         """Stage B and A: semantic latents (N, 16, Hc, Wc) -> N images of exactly width x height pixels.
 
         prompts         the prompts of the latents, in the same order, or their TextEmbeddings
         width, height   default: the latents' sides, times the compression
         guidance        default: the recipe's, 1.1 for "original", else none
-        prior_steps     Stage C's steps, whose noise is skipped, as in diffusers; None: skip nothing
+        prior_steps     Stage C's number of steps: the noise that they drew is skipped, as in diffusers; None: skip nothing
         output          "pil": a list of images; "np": (N, H, W, 3), "pt": (N, 3, H, W), fp32 in [0, 1]; "latent": the image
                         latents (N, 4, Hb, Wb)
         callback        as for `prior`; x0 is an image latent
         """
-        width, height = self._decoded_size(latents, width, height, compression)
-        check(steps=steps, output=output, recipe=recipe)
+        check(steps=steps, output=output, recipe=recipe, compression=compression)
+        check_tensor("latents", latents, (None, 16, None, None))
+        Hc, Wc = latents.shape[2:]
+        width = int(Wc * compression) if width is None else width
+        height = int(Hc * compression) if height is None else height
+        check(width=width, height=height)
+        check_tensor("latents", latents, (None, 16, *semantic_sides(width, height, compression)))
         text = self.encode_prompt(prompts, negative)
         N, P = len(latents), len(text.pooled) // 2
-        require(N % P == 0, f"{N} latents for {P} prompts: expected a multiple of the prompts' number")
+        require(N % P == 0, f"{N} latents for {P} prompts: expected as many for each prompt")
         recipe = replace(RECIPES[recipe], shift=RECIPES[recipe].decoder_shift)
         guidance = recipe.decoder_guidance if guidance is None else guidance
         check(guidance=guidance)
         noise_generators = generators(check_seeds(seed, N), N)
-        skip_noise_of_prior(noise_generators, latents.shape[1:], prior_steps)
+        if prior_steps is not None:                     # in diffusers both stages draw from the same generator
+            check(prior_steps=prior_steps)
+            for _ in range(1 + prior_steps):            # the initial noise, then once per step
+                draw_noise(noise_generators, latents.shape[1:], "cpu")
         condition = {"clip_text_pooled": text.pooled.repeat_interleave(N // P, dim=0),  # (2 * N, 1, D)
-                     "effnet": append_zeros(latents)}  # (2 * N, 16, Hc, Wc)
+                     "effnet": torch.cat([latents, torch.zeros_like(latents)])}  # (2 * N, 16, Hc, Wc)
         shape = (4, 2 * math.ceil(height / 8), 2 * math.ceil(width / 8))  # even, for Stage B's patches
         z = self._denoise("stage_b", shape, condition, steps, guidance, noise_generators, recipe,
                           callback)
@@ -265,23 +226,15 @@ class Cascade:
             return z
         return to_output(self._decode_pixels(z)[:, :, :height, :width], output)
 
-    def _decoded_size(self, latents, width, height, compression):
-        check(compression=compression)
-        check_tensor("latents", latents, (None, 16, None, None))
-        Hc, Wc = latents.shape[2:]
-        width = int(Wc * compression) if width is None else width
-        height = int(Hc * compression) if height is None else height
-        check(width=width, height=height)
-        check_tensor("latents", latents, (None, 16, *semantic_sides(width, height, compression)))
-        return width, height
-
     def _denoise(self, name, shape, condition, steps, guidance, noise_generators, recipe,
                  callback=None, **extras):
         """Stage B or C: noise -> the last latents (N, *shape), fp32."""
         require(callback is None or callable(callback), "callback: expected a function")
         unet = self.network(name)
-        self._check_condition(name, unet.config, condition)
-        self._check_control(name, unet.config, extras.get("control", {}))
+        for key, value in condition.items():
+            if key != "effnet":                         # an embedding, of the width that this network takes
+                width = unet.config.image_dim if key == "clip_img" else unet.config.text_dim
+                check_tensor(f"{self.file(name)}: {key}", value, (None, None, width))
         latents = sample(
             unet, shape, condition, steps, guidance, noise_generators, recipe, **extras)
         steps = count_steps(steps)
@@ -296,21 +249,6 @@ class Cascade:
                 callback(i, x0)
         return x0 if recipe.return_x0 else x
 
-    def _check_condition(self, name, config, condition):
-        """Do the embeddings have the widths that this network takes?"""
-        widths = {"clip_text": config.text_dim, "clip_text_pooled": config.text_dim,
-                  "clip_img": config.image_dim}
-        for key in condition.keys() & widths:
-            check_tensor(f"{self.file(name)}: {key}", condition[key], (None, None, widths[key]))
-
-    def _check_control(self, name, config, control):
-        """Checks that the ControlNet's feature maps fit the residual blocks of this network."""
-        widths = dict(enumerate(config.residual_widths))
-        for block, feature_map in control.items():
-            width, channels = widths.get(block, 0), feature_map.shape[1]
-            require(width == channels, f"{self.file(name)}: the ControlNet is for another Stage C: it has "
-                    f"{channels} channels for residual block {block}, expected {width}")
-
     def _decode_pixels(self, z):
         """Stage A, one image at a time: (N, 4, Hb, Wb) -> (N, 3, 4 * Hb, 4 * Wb) in [0, 1], fp32."""
         stage_a = self.network("stage_a")
@@ -318,12 +256,15 @@ class Cascade:
         return self.check_finite("stage_a", torch.cat(pixels)).clamp(0, 1)
 
     @torch.no_grad()
-    def encode_prompt(self, prompts: Prompts, negative: str | list[str] = "") -> TextEmbeddings:
+    def encode_prompt(self, prompts, negative="") -> TextEmbeddings:
         """Embeds P prompts and their negative prompts, one for all or one for each. TextEmbeddings are returned
         as they are."""
         if isinstance(prompts, TextEmbeddings):
             require(negative == "", "negative: expected none, as TextEmbeddings include it")
-            prompts.check()
+            check_tensor("text embeddings: hidden", prompts.hidden, (None, None, None))
+            rows = len(prompts.hidden)
+            check_tensor("text embeddings: pooled", prompts.pooled, (rows, 1, None))
+            require(rows % 2 == 0, "text embeddings: expected an even number of rows")
             return prompts.to(self.device)
         prompts = check_strings("prompts", prompts)
         negative = check_strings("negative", negative)
@@ -333,29 +274,27 @@ class Cascade:
                 f"negative: expected 1 or {len(prompts)} prompts, got {len(negative)}")
         encoder = self.network("text_encoder")
         tokenizer = self._tokenizer(encoder.config)
-        unique = list(dict.fromkeys(prompts + negative))
-        ids, mask = tokenizer(unique)
+        ids, mask = tokenizer(prompts + negative)
         require(ids.max() < encoder.config.vocabulary, f"{self.folder / 'tokenizer'}: expected "
                 f"ids below {encoder.config.vocabulary}, got {ids.max()}")
         hidden, pooled = encoder(ids.to(self.device), mask.to(self.device))
         self.check_finite("text_encoder", hidden)
         self.check_finite("text_encoder", pooled)
-        order = [unique.index(text) for text in prompts + negative]
-        return TextEmbeddings(hidden[order], pooled[order])
+        return TextEmbeddings(hidden, pooled)
 
     def _tokenizer(self, config):
-        tokenizer = self.kept.get("tokenizer")
-        if tokenizer is None:
-            tokenizer = text_encoder.Tokenizer(
-                self.folder / "tokenizer", config.length, self.tokens)
-            require(tokenizer.end == config.end, f"{self.folder / 'tokenizer'}: expected the text "
-                    f"encoder's end token {config.end}, got {tokenizer.end}")
+        if "tokenizer" in self.kept:
+            return self.kept["tokenizer"]
+        folder = self.folder / "tokenizer"
+        tokenizer = text_encoder.Tokenizer(folder, config.length, self.tokens)
+        require(tokenizer.end == config.end,
+                f"{folder}: expected the text encoder's end token, {config.end}, got {tokenizer.end}")
         if self.keep:
             self.kept["tokenizer"] = tokenizer
         return tokenizer
 
     @torch.no_grad()
-    def encode_image(self, images: list | OneImage | Tensor) -> Tensor:
+    def encode_image(self, images) -> Tensor:
         """CLIP embeddings (R, E) of reference images. Embeddings are returned as they are."""
         if torch.is_tensor(images):
             check_tensor("variation_images", images, (None, None))
@@ -370,8 +309,7 @@ class Cascade:
         return self.check_finite("image_encoder", embeddings)
 
     @torch.no_grad()
-    def encode_semantic(self, image: OneImage | Tensor, width: int | None = None,
-                        height: int | None = None, compression: float = COMPRESSION) -> Tensor:
+    def encode_semantic(self, image, width=None, height=None, compression=COMPRESSION) -> Tensor:
         """The semantic latent (1, 16, Hc, Wc), fp32, of an image that is resized and cropped to width x height. Latents
         are returned as they are."""
         width, height = self.size(width, height)
@@ -390,9 +328,8 @@ class Cascade:
     def _control_maps(self, control, hint, mask, width, height, compression):
         """The ControlNet's feature maps for some of Stage C's residual blocks."""
         name = f"controlnet/{control}"
-        self.file(name)  # a missing file is an error now
         if torch.is_tensor(hint):
-            check_tensor("hint", hint, (1, CHANNELS["hint_channels"][name], None, None))
+            check_tensor("hint", hint, (1, CONTROLS[control], None, None))
             smallest = 1 if control == "super_resolution" else 32
             require(min(hint.shape[2:]) >= smallest, f"hint: expected sides of {smallest} or more")
         elif control == "canny":
@@ -411,103 +348,127 @@ class Cascade:
             self.check_finite(name, value)
         return maps
 
+    def check_networks(self, *names) -> dict[str, str]:
+        """Refuses files that are missing or hold other networks; it reads only their headers. Returns the file, device and
+        type of each network."""
+        networks = {}
+        for name in names:
+            file = self.file(name).relative_to(self.folder).as_posix()
+            networks[name] = f"{file}, {self.device.type}, {self.dtypes[name]}"
+        for name in names:
+            if name not in self.kept:
+                self.config(name)
+        return networks
+
+    def check_controlnet(self, control):
+        """Refuses a ControlNet for another Stage C."""
+        if control is None:
+            return
+        controlnet = self.config(f"controlnet/{control}")
+        widths = dict(enumerate(self.config("stage_c").residual_widths))
+        for block in controlnet.blocks:
+            expected = widths.get(block, 0)
+            found = controlnet.unet_width
+            require(found == expected, f"controlnet/{control}: is for another Stage C: it has {found} "
+                    f"channels for residual block {block}, expected {expected}")
+
+    def config(self, name: str):
+        """The config of a network, from the header of its file."""
+        check(network=name)
+        _, _, config = model.identify(self.file(name), name.split("/")[0], NETWORKS)
+        for field, channels in CHANNELS.items():
+            found = getattr(config, field, None)
+            require(found == channels.get(name),
+                    f"{self.file(name)}: expected {field} {channels.get(name)}, got {found}")
+        return config
+
     def network(self, name: str) -> torch.nn.Module:
         """The network with this name in NETWORKS, ready to run."""
-        check(network=name)
-        network = self.kept.get(name)
-        if network is None:
-            if self.device.type in ("cuda", "mps"):     # the memory of the previous network
-                getattr(torch, self.device.type).empty_cache()
-            network = self._load(name)
-            for field, channels in CHANNELS.items():
-                found = getattr(network.config, field, None)
-                require(found == channels.get(name), f"{self.file(name)}: expected {field} "
-                        f"{channels.get(name)}, got {found}")
+        if name in self.kept:
+            return self.kept[name]
+        self.config(name)                               # refuses a file that does not fit
+        if self.device.type in ("cuda", "mps"):         # the memory of the previous network
+            getattr(torch, self.device.type).empty_cache()
+        where = self.file(name), self.device, self.dtypes[name]
+        if name == "text_encoder":
+            network = text_encoder.load(*where, name, self.loras, self._token_words())
+        else:
+            loras = self.loras if name in ("stage_c", "stage_b") else ()
+            network = model.load(*where, name.split("/")[0], NETWORKS, loras)
         if self.keep:
             self.kept[name] = network
         return network
 
-    def _load(self, name):
-        where = self.file(name), self.device, self.dtypes[name]
-        if name == "text_encoder":
-            words = []
-            if self.tokens:
-                bpe = text_encoder.read_tokenizer(self.folder / "tokenizer")
-                for word in self.tokens.values():
-                    words.append(bpe.encode(word, add_special_tokens=False).ids)
-            return text_encoder.load(*where, name, self.loras, words)
-        loras = self.loras if name in ("stage_c", "stage_b") else ()
-        return model.load(*where, name.split("/")[0], NETWORKS, loras)
+    def _token_words(self):
+        """For each new token, the ids of the word that it starts from."""
+        if not self.tokens:
+            return []
+        bpe = text_encoder.read_tokenizer(self.folder / "tokenizer")
+        return [bpe.encode(word, add_special_tokens=False).ids for word in self.tokens.values()]
 
     def file(self, name: str) -> Path:
-        return find_file(self.folder, f"{name}_lite" if name in self.lite else name, self.dtypes[name])
+        version = f"{name}_lite" if name in self.lite else name
+        return find_file(self.folder, version, self.dtypes[name])
 
-    def size(self, width: int | None, height: int | None, control: str | None = None,
-             hint: OneImage | Tensor | None = None) -> tuple[int, int]:
+    def size(self, width, height, control=None, hint=None) -> tuple[int, int]:
         """Fills in None with the size of the hint image, for super-resolution twice that, else with the size in the Stage C
         file's metadata, which it was trained for, else with 1024."""
-        if (width is None or height is None) and hint is not None and not torch.is_tensor(hint):
-            factor = 2 if control == "super_resolution" else 1
-            hint_width, hint_height = load_image(hint).size
-            width = factor * hint_width if width is None else width
-            height = factor * hint_height if height is None else height
         if width is None or height is None:
-            weights = Weights(self.file("stage_c"))
-            with reading(weights.path, "a valid image size in the metadata"):
-                trained_width = int(weights.metadata.get("width", 1024))
-                trained_height = int(weights.metadata.get("height", 1024))
-                check(width=trained_width, height=trained_height)
-            width = trained_width if width is None else width
-            height = trained_height if height is None else height
+            if hint is None or torch.is_tensor(hint):
+                weights = Weights(self.file("stage_c"))
+                with reading(weights.path, "a valid image size in the metadata"):
+                    sides = [int(weights.metadata.get(side, 1024)) for side in ("width", "height")]
+                    check(width=sides[0], height=sides[1])
+            else:
+                factor = 2 if control == "super_resolution" else 1
+                sides = [factor * side for side in load_image(hint).size]
+            width = sides[0] if width is None else width
+            height = sides[1] if height is None else height
         check(width=width, height=height)
         return int(width), int(height)
 
     def check_finite(self, name, tensor, when=""):
         require(tensor.isfinite().all(),
-                f"{label(name)}: the output is not finite{when}; {self.file(name)} may be damaged, or its "
-                f"numbers too large for {self.dtypes[name]}: try bf16 or fp32")
+                f"{label(name)}: the output is not finite{when}; {self.file(name)} may be damaged, "
+                f"or its values too large for {self.dtypes[name]}: try bf16 or fp32")
         return tensor
 
 
 # ---------------------------------------------------------------------------------------------------- checks and sizes
-LIMITS = {
-    "width": (int, 64, 8192), "height": (int, 64, 8192), "images": (int, 1, 1000),
-    "seed": (int, 0, 2 ** 32 - 1),                      # CPU generators use 32 bits
-    "compression": (float, 4, 128),
-    "steps": (int, 1, 1000), "decoder_steps": (int, 1, 1000), "prior_steps": (int, 0, 1000),
-    "guidance": (float, 0, 100), "decoder_guidance": (float, 0, 100), "strength": (float, 0, 1),
-    "control_strength": (float, 0, 100), "lora_strength": (float, -100, 100)}
 CHOICES = {"recipe": RECIPES, "output": OUTPUTS, "lite": LITE, "network": NETWORK_NAMES,
            "control": CONTROLS}
 
 
+def is_number(value, low=0, high=1, kind=numbers.Real):
+    return isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high
+
+
 def check(**values):
-    """Raises an error that names the first value that is not valid."""
-    for name, value in values.items():
+    """Raises an error that names the first invalid value, by its keyword or by its option."""
+    for label, value in values.items():
+        name = label.removeprefix("--").replace("-", "_")
+        is_times = isinstance(value, (list, tuple)) and all(map(is_number, value))
         if name.endswith("interval"):
             expected = "two times from 0 to 1, the lower one first"
-            valid = isinstance(value, (list, tuple)) and all(isinstance(t, numbers.Real) for t in value)
-            valid = valid and len(value) == 2 and 0 <= value[0] <= value[1] <= 1
+            valid = is_times and len(value) == 2 and value[0] <= value[1]
         elif name in ("steps", "decoder_steps") and isinstance(value, list):
-            expected = "at least two times that fall, from 1 at most to 0 at least"
-            valid = len(value) > 1 and all(isinstance(t, numbers.Real) and 0 <= t <= 1 for t in value)
-            valid = valid and value == sorted(set(value), reverse=True)
+            expected = "at least two falling times between 1 and 0"
+            valid = is_times and len(value) > 1 and value == sorted(set(value), reverse=True)
         elif name in CHOICES:
             expected = f"one of {', '.join(map(str, CHOICES[name]))}"
             valid = isinstance(value, (str, bool)) and value in CHOICES[name]
         else:
             kind, low, high = LIMITS[name]
             expected = f"{'an integer' if kind is int else 'a number'} from {low} to {high}"
-            valid = isinstance(value, numbers.Integral if kind is int else numbers.Real)
-            valid = valid and not isinstance(value, bool) and low <= value <= high
-        require(valid, f"{name}: expected {expected}, got {value!r:.80}")
+            valid = is_number(value, low, high, numbers.Integral if kind is int else numbers.Real)
+        require(valid, f"{label}: expected {expected}, got {value!r:.80}")
 
 
 def check_seeds(first, count):
     check(seed=first)
     last = int(first) + count - 1
     limit = LIMITS["seed"][2]
-    require(last <= limit, f"seed: {count} images need seeds up to {last}, expected {limit} at most")
+    require(last <= limit, f"seed: {count} images need up to {last}, expected at most {limit}")
     return int(first)
 
 
@@ -522,9 +483,9 @@ def check_control(control, hint, mask, init_image):
 
 
 def check_loras(loras):
-    valid = isinstance(loras, (list, tuple))
-    valid = valid and all(isinstance(lora, (list, tuple)) and len(lora) == 2 for lora in loras)
-    valid = valid and all(isinstance(file, (str, Path)) and str(file) for file, _ in loras)
+    valid = False
+    with suppress(TypeError, ValueError):
+        valid = all(os.fspath(file) for file, _ in loras)
     require(valid, f"loras: expected a list of (file, strength), got {loras!r:.80}")
     for _, strength in loras:
         check(lora_strength=strength)
@@ -533,9 +494,9 @@ def check_loras(loras):
 
 def check_tokens(tokens):
     require(isinstance(tokens, dict), f"tokens: expected {{new token: word}}, got {tokens!r:.80}")
-    for token, word in tokens.items():
-        check_strings("tokens", [token, word])
-        require(token.strip() and word.strip(), f"tokens: expected text, got {token!r:.80}: {word!r:.80}")
+    for pair in tokens.items():
+        texts = check_strings("tokens", pair)
+        require(all(map(str.strip, texts)), f"tokens: expected two texts, got {pair!r:.80}")
     return tokens
 
 
@@ -560,24 +521,24 @@ def default_dtype(device):
 
 
 def check_device(device):
-    device = default_device() if device == "auto" else device
     try:
-        torch.zeros(1, device=device).item()
-        return torch.device(device)
+        found = torch.device(default_device() if device == "auto" else device)
+        torch.zeros(1, device=found).item()
+        return found
     except Exception as error:  # each backend raises its own
         reason = str(error).split("\n")[0]
         raise CascadeError(f"device: {device!r} is not available ({reason}); try cpu") from error
 
 
 def check_dtype(name, dtype, device):
-    if isinstance(dtype, str) and dtype == "auto":
+    if dtype == "auto":
         return default_dtype(device)
-    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    known = isinstance(found, torch.dtype) and found in DTYPES.values()
+    known = isinstance(dtype, str) and dtype in DTYPES or dtype in DTYPES.values()
     require(known, f"{name}: expected one of auto, {', '.join(DTYPES)}, got {dtype!r:.80}")
-    if found == torch.bfloat16 and device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        require(capability[0] >= 8, f"{name}: {device} has no bf16; use fp16 or fp32")
+    found = DTYPES.get(dtype, dtype)
+    if found == torch.bfloat16:
+        lacks_bf16 = default_dtype(device) == torch.float16
+        require(not lacks_bf16, f"{name}: {device} has no bf16; use fp16 or fp32")
     return found
 
 
@@ -611,9 +572,11 @@ def semantic_sides(width, height, compression):
     return math.ceil(height / compression), math.ceil(width / compression)
 
 
-def count_steps(steps, strength=1.0):
-    """How many denoising steps: those of a list of times, or of a number what `strength` leaves."""
-    return len(steps) - 1 if isinstance(steps, list) else int(steps * strength)
+def count_steps(steps, strength=None):
+    """The number of denoising steps in a list of times, or what `strength` leaves of a number of steps."""
+    if isinstance(steps, list):
+        return len(steps) - 1
+    return steps if strength is None else int(steps * strength)
 
 
 def label(name):
@@ -623,10 +586,10 @@ def label(name):
 # ---------------------------------------------------------------------------------------------------- files and images
 FOLDERS = {"stage_c": "prior", "stage_c_lite": "prior_lite", "stage_a": "vqgan",
            "stage_b": "decoder", "stage_b_lite": "decoder_lite"}        # of the diffusers layout
-
-
-PACKED = {"stable_cascade_stage_c": ("stage_c", "effnet_encoder", "previewer", "text_encoder", "image_encoder"),
-          "stable_cascade_stage_b": ("stage_b", "stage_a", "text_encoder")}     # ComfyUI's files
+PACKED = {                                              # ComfyUI's files
+    "stable_cascade_stage_c": (
+        "stage_c", "effnet_encoder", "previewer", "text_encoder", "image_encoder"),
+    "stable_cascade_stage_b": ("stage_b", "stage_a", "text_encoder")}
 ENDINGS = {torch.float32: ("", ".bf16", "_bf16", ".fp16", "_fp16"),     # of a file's name, the fitting type first
            torch.bfloat16: (".bf16", "_bf16", "", ".fp16", "_fp16"),
            torch.float16: (".fp16", "_fp16", "", ".bf16", "_bf16")}
@@ -645,22 +608,17 @@ def find_file(folder, name, dtype):
         if exists(path):
             return path
     files = " or ".join(f"{place}.safetensors" for place in places)
-    raise CascadeError(f"{folder}: {name} is missing (expected {files}, or with .bf16, _bf16, .fp16 "
-                       "or _fp16); see 'Official weights' in README.md")
+    raise CascadeError(f"{folder}: {name} is missing (expected {files}; also with .bf16, _bf16, "
+                       ".fp16 or _fp16); see 'Official weights' in README.md")
 
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
 
-def load_image(source: OneImage) -> Image.Image:
+def load_image(source: str | Path | Image.Image) -> Image.Image:
     """Opens an image as RGB, with its EXIF rotation applied and transparency on white."""
     if isinstance(source, Image.Image):
-        try:
-            return to_rgb(source)
-        except (OSError, ValueError, SyntaxError) as error:
-            raise CascadeError(f"this PIL image cannot be read ({error})") from error
-    is_path = isinstance(source, (str, Path))
-    require(is_path, f"expected an image or a path, got {type(source).__name__}")
+        return to_rgb(source)
     kinds = ", ".join(IMAGE_FORMATS)
     with reading(source, f"an image ({kinds}) of less than 178 million pixels"):
         with Image.open(source, formats=IMAGE_FORMATS) as image:
@@ -707,24 +665,24 @@ def load_mask(mask, image, width, height):
 
 
 def canny_hint(pixels):
-    """Pixels (1, 3, H, W) in [0, 1] -> their edges (1, 1, H, W), as the original: at 224 x 224 pixels, whatever the size."""
+    """Pixels (1, 3, H, W) in [0, 1] -> their edges (1, 1, H, W), found at 224 x 224 pixels, as in the original code."""
     small = F.interpolate(pixels, (224, 224), mode="bilinear")
-    small = (small[0].permute(1, 2, 0) * 255).byte().numpy()  # (224, 224, 3)
-    edges = torch.from_numpy(canny(small))[None, None].float()  # (1, 1, 224, 224)
+    small = (small[0].permute(1, 2, 0) * 255).byte()  # (224, 224, 3)
+    edges = canny(small)[None, None].float()  # (1, 1, 224, 224)
     return F.interpolate(edges, pixels.shape[2:], mode="bilinear")
 
 
-def canny(image: np.ndarray, low: int = 100, high: int = 200) -> np.ndarray:
-    """The edges of an image (Canny, 1986): (H, W, 3), uint8 -> (H, W), bool. The same as those of OpenCV's cv2.Canny."""
-    padded = np.pad(image.astype(np.int64), ((1, 1), (1, 1), (0, 0)), "edge")
-    smooth = padded[:-2] + 2 * padded[1:-1] + padded[2:]  # Sobel
-    dx = smooth[:, 2:] - smooth[:, :-2]  # (H, W, 3)
-    smooth = padded[:, :-2] + 2 * padded[:, 1:-1] + padded[:, 2:]
-    dy = smooth[2:] - smooth[:-2]  # (H, W, 3)
-    strongest = (abs(dx) + abs(dy)).argmax(2, keepdims=True)  # the channel
-    dx = np.take_along_axis(dx, strongest, 2)[..., 0]  # (H, W)
-    dy = np.take_along_axis(dy, strongest, 2)[..., 0]  # (H, W)
-    m = np.pad(abs(dx) + abs(dy), 1)  # (H + 2, W + 2)
+def canny(image: Tensor | np.ndarray, low: int = 100, high: int = 200) -> Tensor:
+    """The edges of an image (Canny, 1986): (H, W, 3), uint8 -> (H, W), bool. Identical to OpenCV's cv2.Canny."""
+    sobel = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]])
+    image = torch.as_tensor(image).permute(2, 0, 1).float()  # (3, H, W)
+    padded = F.pad(image, (1, 1, 1, 1), "replicate")[:, None]  # (3, 1, H + 2, W + 2)
+    dx = F.conv2d(padded, sobel[None, None])[:, 0]  # (3, H, W)
+    dy = F.conv2d(padded, sobel.T[None, None])[:, 0]  # (3, H, W)
+    strongest = (dx.abs() + dy.abs()).argmax(0, keepdim=True)  # the channel
+    dx = dx.gather(0, strongest)[0].long()  # (H, W)
+    dy = dy.gather(0, strongest)[0].long()  # (H, W)
+    m = F.pad(dx.abs() + dy.abs(), (1, 1, 1, 1))  # (H + 2, W + 2)
     centre = m[1:-1, 1:-1]  # (H, W)
 
     # ridges: larger than both neighbours in the direction of the gradient, which is one of four
@@ -732,19 +690,19 @@ def canny(image: np.ndarray, low: int = 100, high: int = 200) -> np.ndarray:
     vertical = (centre > m[:-2, 1:-1]) & (centre >= m[2:, 1:-1])
     falling = (centre > m[:-2, :-2]) & (centre > m[2:, 2:])
     rising = (centre > m[:-2, 2:]) & (centre > m[2:, :-2])
-    x, y = abs(dx), abs(dy) << 15
+    x, y = dx.abs(), dy.abs() << 15
     tangent = 13573 * x  # of 22.5 degrees, in the same fixed point
-    ridge = np.where((dx < 0) == (dy < 0), falling, rising)
-    ridge = np.where(y > tangent + (x << 16), vertical, ridge)
-    ridge = np.where(y < tangent, horizontal, ridge) & (centre > low)  # (H, W)
+    ridge = torch.where((dx < 0) == (dy < 0), falling, rising)
+    ridge = torch.where(y > tangent + (x << 16), vertical, ridge)
+    ridge = torch.where(y < tangent, horizontal, ridge) & (centre > low)  # (H, W)
 
     # edges: the strong ridges, and all that are connected with them
-    edges, found = ridge & (centre > high), 0
+    edges = ridge & (centre > high)
+    found = 0
     while edges.sum() > found:
         found = edges.sum()
-        grown = np.pad(edges, 1)
-        grown = grown[:-2] | grown[1:-1] | grown[2:]  # (H, W + 2)
-        edges = (grown[:, :-2] | grown[:, 1:-1] | grown[:, 2:]) & ridge  # (H, W)
+        grown = F.max_pool2d(edges[None].float(), 3, stride=1, padding=1)[0].bool()
+        edges = grown & ridge  # (H, W)
     return edges
 
 
@@ -774,8 +732,7 @@ def write_file(path: Path, data: bytes):
     """Writes all or nothing: to a new file in the same folder, which is then renamed."""
     part = path.with_name(f".{uuid.uuid4().hex}.part")
     try:
-        with open(part, "xb") as file:
-            file.write(data)
+        part.write_bytes(data)
         os.replace(part, path)
     except OSError as error:
         raise CascadeError(f"{path}: cannot be written ({error.strerror})") from error
@@ -784,48 +741,31 @@ def write_file(path: Path, data: bytes):
 
 
 # ---------------------------------------------------------------------------------------------------- the command
-SETUP = {"output", "weights", "lite", "device", "dtype", "traceback"}
-STAGE_C = {"negative", "width", "height", "compression", "images", "seed", "steps", "guidance", "recipe",
-           "lite_prior", "guidance_interval", "variation_image", "init_image", "strength", "control", "hint",
-           "mask", "control_strength", "lora", "token"}
-STAGE_B = {"decoder_steps", "decoder_guidance", "decoder_dtype", "lite_decoder"}
-MODES = {                                               # the options of each mode; it refuses the others
-    "prompts": SETUP | STAGE_C | STAGE_B | {"prompts", "previews", "animate"},
-    "prompt_file": SETUP | STAGE_C | STAGE_B | {"prompt_file", "overwrite"},
-    "latents": SETUP | STAGE_B | {"latents", "lora", "token"},
-    "reconstruct": SETUP | STAGE_B | {"reconstruct", "width", "height", "compression", "seed", "recipe"}}
-DEFAULTS = {"negative": "", "images": 1, "seed": 0, "steps": 20, "guidance": 4.0, "recipe": "diffusers",
-            "guidance_interval": [0.0, 1.0], "strength": 0.8, "decoder_steps": 10,
-            "compression": COMPRESSION, "control_strength": 1.0}
+MODES = {"prompts": "p", "prompt_file": "f", "latents": "l", "reconstruct": "r"}
 CHUNK = 100                                             # prompts of a file that pass through each stage together
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise CascadeError(f"{message.removeprefix('argument ')} (--help explains the options)")
+def option(name):
+    return name if name == "prompts" else f"--{name.replace('_', '-')}"
 
 
 def number(name):
     """The argparse type of an option in LIMITS."""
     def convert(text):
-        try:
+        value = text
+        with suppress(ValueError):
             value = LIMITS[name][0](text)
-        except ValueError:
-            value = text
-        try:
-            check(**{name: value})
-        except CascadeError as error:
-            raise argparse.ArgumentTypeError(str(error).removeprefix(f"{name}: ")) from error
+        check(**{option(name): value})
         return value
     return convert
 
 
 def lora_and_strength(text):
     file, _, strength = text.rpartition(":")
-    try:
-        return (file, float(strength)) if file else (text, 1.0)
-    except ValueError:
-        return text, 1.0
+    with suppress(ValueError):
+        if file:
+            return file, float(strength)
+    return text, 1.0
 
 
 def token_and_word(text):
@@ -834,58 +774,79 @@ def token_and_word(text):
     return token, word
 
 
+TEXT = {"metavar": "TEXT"}
+FOLDER = {"metavar": "FOLDER", "type": Path}
+FILE = {"metavar": "FILE"}
+NEW_FILE = {"metavar": "FILE", "type": Path}
+FILES = {"metavar": "FILE", "action": "append"}
+LORA = {"metavar": "FILE[:STRENGTH]", "action": "append", "type": lora_and_strength}
+TOKEN = {"metavar": "NEW=WORD", "action": "append", "type": token_and_word}
+TIMES = {"metavar": ("LOW", "HIGH"), "nargs": 2, "type": float}
+FLAG = {"action": "store_const", "const": True}
+PRIOR = {"action": "store_const", "const": "prior"}
+DECODER = {"action": "store_const", "const": "decoder"}
+# name: (the modes that use it, its default, a number's limits or argparse's settings, help). The modes are the letters in
+# MODES; P and R stand for p and r when only latents are saved.
+OPTIONS = {
+    "prompt_file": ("f", None, FILE, "one prompt per line; existing images are skipped"),
+    "overwrite": ("f", None, FLAG, "replace images with other settings"),
+    "latents": ("l", None, FILE, "decode these saved semantic latents"),
+    "variation_image": ("pPf", None, FILES, "reference image (repeatable)"),
+    "init_image": ("pPf", None, FILE, "image to image: the image to start from"),
+    "strength": ("pPf", 0.8, (float, 0, 1), "how much --init-image changes"),
+    "control": ("pPf", None, {"choices": CONTROLS}, "use this ControlNet; needs --hint"),
+    "hint": ("pPf", None, FILE, "the ControlNet's hint image"),
+    "control_strength": ("pPf", 1.0, (float, 0, 100), "factor of the ControlNet's output"),
+    "mask": ("pPf", None, FILE, "white where to paint; for --init-image, --control inpainting"),
+    "lora": ("pPfl", None, LORA, "merge this LoRA into the weights (repeatable; strength: 1)"),
+    "token": ("pPfl", None, TOKEN, "a LoRA's new token, and its initial word (repeatable)"),
+    "reconstruct": ("rR", None, FILE, "encode this image to a semantic latent, then decode"),
+    "previews": ("pP", None, FOLDER, "save Stage C's prediction at each step"),
+    "animate": ("p", None, NEW_FILE, ".gif or .webp: the first image, step by step in both stages"),
+    "negative": ("pPf", "", TEXT, "negative prompt: what not to draw (needs guidance)"),
+    "width": ("pPfrR", None, (int, 64, 8192), "in pixels (default: the size trained for)"),
+    "height": ("pPfrR", None, (int, 64, 8192), "in pixels (default: the size trained for)"),
+    "compression": ("pPfrR", COMPRESSION, (float, 4, 128), "image size / semantic latent's size"),
+    "images": ("pPf", 1, (int, 1, 1000), "images per prompt"),
+    "seed": ("pPfrR", 0, (int, 0, 2 ** 32 - 1), "of the first image; image i has seed + i"),
+    "steps": ("pPf", 20, (int, 1, 1000), "denoising steps of Stage C"),
+    "guidance": ("pPf", 4.0, (float, 0, 100), "guidance scale; up to 1: none"),
+    "guidance_interval": ("pPf", [0.0, 1.0], TIMES, "apply guidance at these times; 1 is noise"),
+    "decoder_steps": ("pflr", 10, (int, 1, 1000), "denoising steps of Stage B"),
+    "decoder_guidance": ("pflr", None, (float, 0, 100), "that of Stage B (default: the recipe's)"),
+    "recipe": ("pPfrR", "diffusers", {"choices": RECIPES}, "sampling recipe, see sampler.py"),
+    "lite_prior": ("pPf", None, PRIOR, "the lite Stage C"),
+    "lite_decoder": ("pflr", None, DECODER, "the lite Stage B"),
+    "decoder_dtype": ("pflr", None, {"choices": DTYPES}, "of Stage B and A (default: as --dtype)")}
+LIMITS = {name: takes for name, (_, _, takes, _) in OPTIONS.items() if isinstance(takes, tuple)}
+LIMITS |= {"prior_steps": (int, 0, 1000), "lora_strength": (float, -100, 100)}
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise CascadeError(f"{message.removeprefix('argument ')} (--help explains the options)")
+
+
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Options that are not given are None."""
     parser = Parser(description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("prompts", nargs="*", metavar="PROMPT", help="what to draw; one image for each prompt")
-    add("-o", "--output", default="image.png", type=Path, metavar="FILE",
+    add("-o", "--output", default=Path("image.png"), type=Path, metavar="FILE",
         help=".png, or .safetensors for latents")
-    add("--prompt-file", metavar="FILE", help="one prompt per line; existing images are skipped")
-    add("--overwrite", action="store_true", default=None, help="replace images with other settings")
-    add("--latents", metavar="FILE", help="decode these saved semantic latents")
-    add("--variation-image", action="append", metavar="FILE", help="reference image (repeatable)")
-    add("--init-image", metavar="FILE", help="image to image: the image to start from")
-    add("--strength", type=number("strength"), help="how much --init-image changes (default: 0.8)")
-    add("--control", choices=CONTROLS, help="use this ControlNet; needs --hint")
-    add("--hint", metavar="FILE", help="the image that the ControlNet looks at")
-    add("--control-strength", type=number("control_strength"),
-        help="factor of the ControlNet's output (default: 1)")
-    add("--mask", metavar="FILE",
-        help="image, white where to paint, for --init-image or --control inpainting")
-    add("--lora", type=lora_and_strength, action="append", metavar="FILE[:STRENGTH]",
-        help="merge this LoRA into the weights (repeatable; default strength: 1)")
-    add("--token", type=token_and_word, action="append", metavar="NEW=WORD",
-        help="a new token of the LoRA, and the word that it starts from (repeatable)")
-    add("--reconstruct", metavar="FILE", help="encode this image to a semantic latent, then decode")
-    add("--previews", type=Path, metavar="FOLDER", help="save Stage C's prediction at each step")
-    add("--animate", type=Path, metavar="FILE",
-        help=".gif or .webp: the predictions of both stages, step by step, for the first image")
-    add("--negative", metavar="TEXT", help="negative prompt: what not to draw (needs guidance)")
-    add("--width", type=number("width"), help="in pixels (default: the size trained for)")
-    add("--height", type=number("height"), help="in pixels (default: the size trained for)")
-    add("--compression", type=number("compression"),
-        help="image size / semantic latent's size; up to 64 for large images (default: 42.67)")
-    add("--images", type=number("images"), help="images per prompt (default: 1)")
-    add("--seed", type=number("seed"), help="of the first image; image i has seed + i (default: 0)")
-    add("--steps", type=number("steps"), help="denoising steps of Stage C (default: 20)")
-    add("--guidance", type=number("guidance"), help="guidance scale; up to 1: none (default: 4)")
-    add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
-        help="apply guidance only at times from LOW to HIGH; 1 is pure noise (default: 0 1)")
-    add("--decoder-steps", type=number("decoder_steps"), help="of Stage B (default: 10)")
-    add("--decoder-guidance", type=number("decoder_guidance"),
-        help="guidance scale of Stage B (default: none; 1.1 for --recipe original)")
-    add("--recipe", choices=RECIPES, help="sampling recipe, see sampler.py (default: diffusers)")
-    add("--weights", type=Path, default=TINY, metavar="FOLDER", help="(default: weights/tiny)")
-    lite = parser.add_mutually_exclusive_group().add_argument
-    lite("--lite", action="store_true", help="the lite versions of Stage C and Stage B")
-    lite("--lite-prior", action="store_true", default=None, help="the lite version of Stage C")
-    lite("--lite-decoder", action="store_true", default=None, help="the lite version of Stage B")
+    lite = parser.add_mutually_exclusive_group()
+    lite.add_argument("--lite", action="store_true", help="the lite Stage C and Stage B")
+    for name, (_, default, takes, text) in OPTIONS.items():
+        settings = {"type": number(name)} if name in LIMITS else takes
+        if default not in (None, ""):
+            text += f" (default: {default})"
+        group = lite if name.startswith("lite") else parser
+        group.add_argument(option(name), **settings, help=text)
+    add("--weights", default=TINY, metavar="FOLDER", help="(default: weights/tiny)")
     add("--device", default="auto", help="torch device (default: CUDA, else MPS, else the CPU)")
     add("--dtype", default="auto", choices=("auto", *DTYPES),
         help="of the weights (default: fp32; on CUDA bf16, or fp16 where the GPU has no bf16)")
-    add("--decoder-dtype", choices=DTYPES, help="of Stage B and A (default: as --dtype)")
     add("--traceback", action="store_true", help="print the traceback of an error")
     return parser.parse_intermixed_args(arguments)
 
@@ -895,29 +856,30 @@ def settle(options):
     options.prompts = options.prompts or None
     modes = [name for name in MODES if getattr(options, name) is not None]
     if not modes and (options.variation_image or options.init_image or options.hint):
-        modes, options.prompts = ["prompts"], [""]
-    require(len(modes) == 1, "expected exactly one of: prompts, --prompt-file, --latents, --reconstruct"
-            ", --variation-image, --init-image, --hint; got "
-            f"{' and '.join(map(option, modes)) or 'none'}")
-    mode, used = modes[0], MODES[modes[0]]
-    require(options.init_image or options.strength is None, "--strength: needs --init-image")
-    if not options.init_image:
-        used = used - {"strength"}
+        modes = ["prompts"]
+        options.prompts = [""]
+    found = " and ".join(map(option, modes)) or "none"
+    require(len(modes) == 1, "expected exactly one of: prompts, --prompt-file, --latents, --reconstruct; "
+            f"or --variation-image, --init-image or --hint alone; got {found}")
+    mode = modes[0]
     if mode in ("prompts", "prompt_file"):
         check_control(options.control, options.hint, options.mask, options.init_image)
-    if not options.control:
-        require(options.control_strength is None, "--control-strength: needs --control")
-        used = used - {"control_strength"}
+    unused = set()
+    for name, other in (("strength", "init_image"), ("control_strength", "control")):
+        if getattr(options, other) is None:
+            require(getattr(options, name) is None, f"{option(name)}: needs {option(other)}")
+            unused.add(name)
     latents_only = options.output.suffix == ".safetensors"
-    if latents_only:
-        used = used - STAGE_B - {"animate"}
     where = "when only latents are saved" if latents_only else f"with {option(mode)}"
-    for name, value in vars(options).items():
-        require(value is None or name in used, f"{option(name)}: not used {where}")
-        empty = value in ("", [""]) and name not in ("negative", "prompts")
-        require(not empty, f"{option(name)}: expected a value, got none")
-        if value is None and name in used:
-            setattr(options, name, DEFAULTS.get(name))
+    letter = MODES[mode].upper() if latents_only else MODES[mode]
+    for name, (letters, default, _, _) in OPTIONS.items():
+        value = getattr(options, name)
+        is_used = letter in letters and name not in unused
+        require(value is None or is_used, f"{option(name)}: not used {where}")
+        is_empty = value in ("", [""]) and name != "negative"
+        require(not is_empty, f"{option(name)}: expected a value, got none")
+        if value is None and is_used:
+            setattr(options, name, default)
     if options.guidance_interval:
         check(**{"--guidance-interval": options.guidance_interval})
     if options.decoder_guidance is None and options.recipe and not latents_only:
@@ -930,10 +892,6 @@ def settle(options):
     require(options.animate is None or options.animate.suffix in (".gif", ".webp"),
             f"--animate: expected a name that ends in .gif or .webp, got {options.animate}")
     return mode
-
-
-def option(name):
-    return name if name == "prompts" else f"--{name.replace('_', '-')}"
 
 
 @dataclass(frozen=True)
@@ -970,9 +928,8 @@ class Record:
     def read(path, text):
         with reading(path, "latents that this version of cascade.py saved"):
             values = json.loads(text)
-            version = values["version"]
-            require(version == 2, f"expected version 2, got {version!r:.80}")
-            require(is_utf8(json.dumps(values, ensure_ascii=False)), "expected UTF-8")
+            require(values["version"] == 2, f"expected version 2, got {values['version']!r:.80}")
+            json.dumps(values, ensure_ascii=False).encode()         # an error unless it is UTF-8
             record = Record(**values)
             for name, kind in get_type_hints(Record).items():
                 value = getattr(record, name)
@@ -985,13 +942,6 @@ class Record:
             check_loras(record.lora or [])
             check_tokens(dict(record.token or []))
             return record
-
-    @property
-    def prior_steps(self):
-        """How many steps Stage C ran; None if it did not run."""
-        if self.steps is None or self.strength is None:
-            return self.steps
-        return int(self.steps * self.strength)
 
     def texts(self, i):
         """The PNG metadata of image i."""
@@ -1011,12 +961,11 @@ class Job:
 def run(options):
     mode = settle(options)
     rank, world = torchrun_rank(mode)
-    lite = "prior" if options.lite_prior else "decoder" if options.lite_decoder else options.lite
-    if options.device == "auto":
-        options.device = default_device()
-    if options.device == "cuda" and world > 1:          # each process has a GPU of its own
-        options.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    cascade = Cascade(options.weights, options.device, options.dtype, lite, options.decoder_dtype,
+    device = default_device() if options.device == "auto" else options.device
+    if device == "cuda" and world > 1:                  # each process has a GPU of its own
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    lite = options.lite_prior or options.lite_decoder or options.lite
+    cascade = Cascade(options.weights, device, options.dtype, lite, options.decoder_dtype,
                       keep=mode == "prompt_file", progress=True, loras=options.lora or [],
                       tokens=dict(options.token or []))
     jobs = plan_latents(options, cascade) if mode == "latents" else plan(options, mode, cascade)
@@ -1033,20 +982,11 @@ def torchrun_rank(mode):
     if rank is None and world is None:
         return 0, 1
     valid = all(text and text.isdecimal() and len(text) < 9 for text in (rank, world))
-    valid = valid and int(rank) < int(world)
-    require(valid, f"RANK={rank}, WORLD_SIZE={world}: expected both or neither, the first smaller")
+    require(valid and int(rank) < int(world),
+            f"RANK={rank}, WORLD_SIZE={world}: expected both or neither, the first smaller")
     require(mode == "prompt_file" or int(rank) == 0,
             f"RANK={rank}: several processes can only share a --prompt-file")
     return int(rank), int(world)
-
-
-def describe(cascade, names):
-    """File, device and type of each network; a missing file is an error."""
-    networks = {}
-    for name in names:
-        file = cascade.file(name).relative_to(cascade.folder).as_posix()
-        networks[name] = f"{file}, {cascade.device.type}, {cascade.dtypes[name]}"
-    return networks
 
 
 def plan(options, mode, cascade):
@@ -1061,20 +1001,20 @@ def plan(options, mode, cascade):
     if options.output.suffix == ".png":
         names += ["stage_b", "stage_a"]
     if options.previews or options.animate:
-        cascade.file("previewer")
+        cascade.check_networks("previewer")
     names_of_fields = [field.name for field in fields(Record)]
     values = {name: value for name, value in vars(options).items() if name in names_of_fields}
+    values["networks"] = cascade.check_networks(*names)
+    cascade.check_controlnet(options.control)
     values["width"], values["height"] = cascade.size(
         options.width, options.height, options.control, options.hint)
-    values["networks"] = describe(cascade, names)
     values["prompts"] = options.prompts or [""]
     values["images"] = options.images or 1
     for name in ("init_image", "reconstruct", "hint", "mask"):
         values[name] = Path(values[name]).name if values[name] else None
     if options.variation_image:
         values["variation_image"] = [Path(image).name for image in options.variation_image]
-    values |= lora_settings(options)
-    base = Record(**values)
+    base = Record(**values | lora_settings(options))
     if mode != "prompt_file":
         return [Job(base, output_paths(options.output, 0, len(base.prompts) * base.images))]
 
@@ -1110,10 +1050,10 @@ def plan_latents(options, cascade):
         shape = (count, 16, *semantic_sides(record.width, record.height, record.compression))
         check_tensor("latents", latents, shape)
     guidance = options.decoder_guidance
-    record = replace(
-        record, decoder_steps=options.decoder_steps,
-        decoder_guidance=RECIPES[record.recipe].decoder_guidance if guidance is None else guidance,
-        networks=record.networks | describe(cascade, ["text_encoder", "stage_b", "stage_a"]))
+    if guidance is None:
+        guidance = RECIPES[record.recipe].decoder_guidance
+    networks = record.networks | cascade.check_networks("text_encoder", "stage_b", "stage_a")
+    record = replace(record, decoder_steps=options.decoder_steps, decoder_guidance=guidance, networks=networks)
     return [Job(record, output_paths(options.output, 0, count), latents)]
 
 
@@ -1131,24 +1071,24 @@ def output_paths(path, first, count, numbered=False):
 
 
 def check_outputs(options, paths):
-    """Refuses, before the work, what could not be written after it or would overwrite something else."""
+    """Refuses, before any work, outputs that could not be written or would overwrite something else."""
     inputs = [options.prompt_file, options.latents, options.init_image, options.reconstruct,
-              options.hint, options.mask]
-    inputs = [os.path.realpath(path) for path in inputs + (options.variation_image or []) if path]
+              options.hint, options.mask, *(options.variation_image or [])]
+    inputs = [os.path.realpath(path) for path in inputs if path]
     if options.animate:
         paths = paths + [options.animate]
     if options.previews:
         paths = paths + [preview_path(options.previews, i + 1) for i in range(options.steps)]
     require(len(set(paths)) == len(paths), f"{options.output}: is also one of the --previews")
     for path in paths:
-        folder, found = os.path.dirname(os.path.abspath(path)), exists(path)
-        writable = os.path.isdir(folder) and os.access(folder, os.W_OK)
+        writable = path.parent.is_dir() and os.access(path.parent, os.W_OK)
         require(writable, f"{path}: cannot be written; does its folder exist, and is it writable?")
-        require(not found or os.path.isfile(path), f"{path}: cannot be written; it is not a file")
-        require(os.path.realpath(path) not in inputs, f"{path}: is an input; expected another name")
-        if found and path.suffix == ".safetensors":
-            is_ours = "cascade" in Weights(path).metadata
-            require(is_ours, f"{path}: exists and holds other tensors than latents")
+        if exists(path):
+            require(path.is_file(), f"{path}: cannot be written; it is not a file")
+            is_input = os.path.realpath(path) in inputs
+            require(not is_input, f"{path}: is an input; expected another name")
+            is_ours = path.suffix != ".safetensors" or "cascade" in Weights(path).metadata
+            require(is_ours, f"{path}: exists and holds tensors other than latents")
 
 
 def remaining(options, jobs, rank, world):
@@ -1188,9 +1128,9 @@ def draw(options, cascade, jobs):
         text = cascade.encode_prompt(job.record.prompts, job.record.negative or "")
         texts.append(text.to("cpu"))
     cascade.kept.clear()
+    record = jobs[0].record
     animation = callback = None
     if options.animate:
-        record = jobs[0].record
         animation = Animation(cascade, record.prompts[0], record.width, record.height)
     if options.previews or options.animate:
         callback = show_previews(cascade, options.previews, animation)
@@ -1213,17 +1153,15 @@ def draw(options, cascade, jobs):
 
 
 def generate_latents(options, cascade, record, text, callback):
+    size = {"width": record.width, "height": record.height, "compression": record.compression}
     if options.reconstruct:
-        return cascade.encode_semantic(
-            options.reconstruct, record.width, record.height, record.compression)
+        return cascade.encode_semantic(options.reconstruct, **size)
     return cascade.prior(
-        text, width=record.width, height=record.height, compression=record.compression,
-        images=record.images, seed=record.seed, steps=record.steps, guidance=record.guidance,
-        recipe=record.recipe,
+        text, images=record.images, seed=record.seed, steps=record.steps, guidance=record.guidance,
+        recipe=record.recipe, interval=record.guidance_interval, callback=callback,
         variation_images=options.variation_image, init_image=options.init_image,
-        strength=record.strength or 0.0, interval=record.guidance_interval, callback=callback,
-        control=record.control, hint=options.hint, mask=options.mask,
-        control_strength=record.control_strength or 0.0)
+        strength=record.strength or 0.0, control=record.control, hint=options.hint,
+        mask=options.mask, control_strength=record.control_strength or 0.0, **size)
 
 
 def decode_images(cascade, job, text, animation):
@@ -1231,7 +1169,7 @@ def decode_images(cascade, job, text, animation):
     images = cascade.decode(
         job.latents, text, width=record.width, height=record.height, compression=record.compression,
         seed=record.seed, steps=record.decoder_steps, guidance=record.decoder_guidance,
-        recipe=record.recipe, prior_steps=record.prior_steps, output="np",
+        recipe=record.recipe, prior_steps=count_steps(record.steps, record.strength), output="np",
         callback=animation.add_image_latents if animation else None)
     for i, (image, path) in enumerate(zip(images, job.outputs)):
         write_file(path, png(to_pillow(image), record.texts(i)))
@@ -1239,8 +1177,8 @@ def decode_images(cascade, job, text, animation):
 
 
 def show_previews(cascade, folder=None, animation=None):
-    """A callback that shows what Stage C predicts at each step: saved to a folder, the images side by side, or added to
-    an animation."""
+    """A callback that shows Stage C's prediction at each step: it saves the images side by side in a folder, adds the first
+    to an animation, or both."""
     previewer = cascade.network("previewer")
 
     def callback(step, x0):
@@ -1252,7 +1190,7 @@ def show_previews(cascade, folder=None, animation=None):
             image, = to_output(row[None], "pil")
             write_file(preview_path(folder, step), png(image, {"step": str(step)}))
         if animation:
-            animation.add_preview(pixels)
+            animation.add_frame(0, pixels)
     return callback
 
 
@@ -1267,32 +1205,25 @@ class Animation:
         self.caption = " ".join(prompt.split())[:200]
         while self.font.getlength(self.caption) > 2 * self.half_size[0]:
             self.caption = self.caption[:-1]
-        self.left = self.right = Image.new("RGB", self.half_size, "white")
+        self.halves = [Image.new("RGB", self.half_size, "white")] * 2
         self.frames = []
 
-    def add_preview(self, pixels):
-        """Pixels (N, 3, H, W) of the previewer -> one more frame."""
-        self.left = self.to_half(pixels)
-        self.add_frame()
+    def add_frame(self, side, pixels):
+        """Pixels (N, 3, H, W) -> one more frame, with the first image on side 0, the left, or 1."""
+        image, = to_output(pixels[:1], "pil")
+        self.halves[side] = image.resize(self.half_size, Image.Resampling.BICUBIC)
+        width, height = self.half_size
+        frame = Image.new("RGB", (2 * width + 8, height + 32), "gainsboro")
+        frame.paste(self.halves[0], (0, 0))
+        frame.paste(self.halves[1], (width + 8, 0))
+        place = (width + 4, height + 16)
+        ImageDraw.Draw(frame).text(place, self.caption, "black", self.font, anchor="mm")
+        self.frames.append(frame)
 
     def add_image_latents(self, _, x0):
         """Image latents (N, 4, Hb, Wb) -> one more frame."""
         pixels = self.cascade._decode_pixels(x0[:1])  # (1, 3, 4 * Hb, 4 * Wb)
-        self.right = self.to_half(pixels[:, :, :self.height, :self.width])
-        self.add_frame()
-
-    def to_half(self, pixels):
-        image, = to_output(pixels[:1], "pil")
-        return image.resize(self.half_size, Image.Resampling.BICUBIC)
-
-    def add_frame(self):
-        width, height = self.half_size
-        frame = Image.new("RGB", (2 * width + 8, height + 32), "gainsboro")
-        frame.paste(self.left, (0, 0))
-        frame.paste(self.right, (width + 8, 0))
-        place = (width + 4, height + 16)
-        ImageDraw.Draw(frame).text(place, self.caption, "black", self.font, anchor="mm")
-        self.frames.append(frame)
+        self.add_frame(1, pixels[:, :, :self.height, :self.width])
 
     def write(self, path):
         file = io.BytesIO()
@@ -1365,9 +1296,8 @@ def main(arguments: list[str] | None = None) -> int:
     stdout, stderr = Unbreakable(sys.stdout), Unbreakable(sys.stderr)
     with redirect_stdout(stdout), redirect_stderr(stderr), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        warnings.filterwarnings("always", ".* is cut to")
-        say_once = lru_cache(say)
-        warnings.showwarning = lambda message, *_: say_once(str(message))
+        warnings.filterwarnings("default", ".* is cut to")              # each once
+        warnings.showwarning = lambda message, *_: say(message)
         try:
             require(all(map(is_utf8, arguments)), "expected arguments in UTF-8")
             accumulate_in_fp32()
@@ -1390,6 +1320,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     tune_process()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)        # a shell may start jobs that ignore it
     signal.signal(signal.SIGTERM, terminate)
     sys.exit(main())

@@ -527,7 +527,7 @@ def efficientnet(config, c_in=3):
     """The backbone of the semantic encoder, and of a ControlNet that looks at images."""
     backbone = nn.Sequential(conv_norm_act(c_in, config.stem, 3, stride=2))
     if c_in != 3:
-        backbone[0][0].padding = (0, 0)  # as in the original; tensors do not tell
+        backbone[0][0].padding = (0, 0)  # as in the original; the tensors do not show it
     c = config.stem
     for (fused, expansion, width, count), stride in zip(config.stages, STRIDES):
         blocks = [MBConv(c, width, fused, expansion, stride)]
@@ -595,8 +595,8 @@ CONTROL_BLOCKS = (0, 4, 8, 12, 51, 55, 59, 63)          # of the official Contro
 class ControlNetConfig:
     hint_channels: int                          # 1: edges; 4: an image and a mask; 16: a semantic latent
     encoder: SemanticEncoderConfig | None = None        # of a hint in pixels; None: the hint is a semantic latent
-    widths: tuple[int, int] = (16384, 1024)     # channels of the network for a semantic latent, and
-    depth: int = 8                              # its number of blocks
+    widths: tuple[int, int] = (16384, 1024)     # channels of the network for a semantic latent
+    depth: int = 8                              # number of its blocks
     features: int = 1280
     blocks: tuple[int, ...] = CONTROL_BLOCKS    # the residual blocks of Stage C that get a feature map
     unet_width: int = 2048                      # Stage C's channels
@@ -655,20 +655,20 @@ class ControlNet(nn.Module):
 # ---------------------------------------------------------------------------------------------------- reading files
 @contextmanager
 def reading(path, expected: str):
-    """The one boundary for files from outside: any failure while this one is read becomes a CascadeError of one line that
-    names it. Only regular files are opened (a pipe would wait forever)."""
+    """The one boundary for files from outside: any failure to read this one becomes a CascadeError of one line that names
+    it. Only regular files are opened: reading a pipe might wait forever."""
     try:
-        is_file = stat.S_ISREG(os.stat(path).st_mode)
+        is_file = stat.S_ISREG(os.stat(Path(path)).st_mode)
         require(is_file, f"{path}: expected {expected}, got a folder or a special file")
         yield
-    except (KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
+    except FileNotFoundError as error:
+        raise CascadeError(f"{path}: there is no such file") from error
     except CascadeError as error:
         if str(path) in str(error):
             raise
         raise CascadeError(f"{path}: {error}") from error
-    except FileNotFoundError as error:
-        raise CascadeError(f"{path}: there is no such file") from error
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
     except BaseException as error:  # a panic in the tokenizers library is not an Exception
         if out_of_memory(error):
             raise
@@ -686,7 +686,7 @@ def exists(path) -> bool:
         raise CascadeError(f"{path}: cannot be opened ({error})") from error
 
 
-# What may stand before the names of a network. ComfyUI packs several networks into one file.
+# Prefixes that the names of a network may have. ComfyUI packs several networks into one file.
 PREFIXES = (
     "", "state_dict.", "module.", "model.", "unet.", "stage_a.", "stage_b.", "stage_c.",
     "effnet_encoder.", "previewer.", "text_encoder.", "image_encoder.",
@@ -694,7 +694,7 @@ PREFIXES = (
     "vae.encoder.", "vae.previewer.", "vae.",           # the semantic encoder and the previewer, or Stage A
     "clip_l_vision.")                                   # the image encoder
 UNUSED = ("logit_scale", ".position_ids", "vae.encoder.mean", "vae.encoder.std")    # endings of names that are not weights
-# Names in other layouts, and the official ones. Query, key and value are three tensors there, and one here.
+# Names in other layouts and the official ones. There, query, key and value are three tensors; here they are one.
 NAMES = (
     ("attention.to_", "attention.attn.to_"),            # diffusers
     ("attn.to_out.0.", "attn.out_proj."),
@@ -738,20 +738,18 @@ class Weights(dict):
         with reading(path, "a complete safetensors file, never a pickle (.pt, .ckpt, .bin)"):
             self.file = safe_open(path, framework="pt")
             self.metadata = self.file.metadata() or {}
-            slices = {name: self.file.get_slice(name) for name in self.file.keys()}
-            is_stage_b = any(name.endswith("effnet_mapper.0.weight") for name in slices)
-            for name in sorted(slices, key=qkv_order):
+            names = sorted(self.file.keys(), key=qkv_order)
+            is_stage_b = any(name.endswith("effnet_mapper.0.weight") for name in names)
+            for name in names:
                 official = official_name(name) if rename else name
                 if is_stage_b:
                     official = official.replace("clip_txt_pooled_mapper.", "clip_mapper.")
-                if official.startswith(prefix) and not official.endswith(UNUSED):
-                    self.sources.setdefault(official.removeprefix(prefix), []).append(name)
                 require(official.startswith((prefix, *PREFIXES[1:])),
                         f"tensor {name} does not belong to any network")
-            self.types = {}
+                if official.startswith(prefix) and not official.endswith(UNUSED):
+                    self.sources.setdefault(official.removeprefix(prefix), []).append(name)
             for name, parts in self.sources.items():
-                self.types[name] = {slices[part].get_dtype() for part in parts}
-                shapes = [tuple(slices[part].get_shape()) for part in parts]
+                shapes = [tuple(self.file.get_slice(part).get_shape()) for part in parts]
                 self[name] = shapes[0]
                 if len(parts) > 1:
                     self[name] = (sum(shape[0] for shape in shapes), *shapes[0][1:])
@@ -761,6 +759,11 @@ class Weights(dict):
     def __missing__(self, name):
         raise CascadeError(f"{self.path}: tensor {name} is missing")
 
+    def check_float(self, name):
+        types = {self.file.get_slice(part).get_dtype() for part in self.sources[name]}
+        require(types.issubset(FLOAT_TYPES), f"{self.path}: tensor {name}: expected fp32, bf16, fp16 "
+                f"or fp8 e4m3, got {', '.join(types)}; quantised files cannot be read")
+
     def load_into(self, network, device, dtype, loras=()):
         """Gives the file's tensors, changed by the LoRAs, to a network on the meta device. At most one copy of the weights
         is made, and none if type and device stay the same: then the file is memory-mapped."""
@@ -768,11 +771,10 @@ class Weights(dict):
         for name in {**expected, **self}:
             where = f"{self.path}: tensor {name}"
             require(name in expected, f"{where} does not belong to this network")
-            shape, is_float = tuple(expected[name].shape), expected[name].is_floating_point()
+            shape = tuple(expected[name].shape)
             require(self[name] == shape, f"{where}: expected shape {shape}, got {self[name]}")
-            types = self.types[name]
-            require(is_float == types.issubset(FLOAT_TYPES), f"{where}: expected fp32, bf16, fp16 or fp8 e4m3, "
-                    f"got {', '.join(types)}; quantised files cannot be read")
+            if expected[name].is_floating_point():
+                self.check_float(name)
         tensors = {name: self.tensor(name, device, dtype) for name in self}
         for name in {name for lora in loras for name in lora.changes}:
             weight = self.tensor(name, device, torch.float32).clone()
@@ -812,6 +814,9 @@ class Weights(dict):
         return value
 
 
+LETTERS = {"depthwise": "R", "mapper": "T", "kv_mapper.1": "A"}         # a layer that only this kind of block has
+
+
 def unet_config(weights: Weights) -> UNetConfig:
     is_stage_b = "effnet_mapper.0.weight" in weights
     pooled = weights["clip_mapper.weight" if is_stage_b else "clip_txt_pooled_mapper.weight"]  # 4 * c_cond, D
@@ -819,27 +824,19 @@ def unet_config(weights: Weights) -> UNetConfig:
     weights.setting("switch_level", None,
                     lambda value: not value or isinstance(value, list) and not any(value),
                     "false for every level: no official Stage C switches resolution")
+    names = "\n".join(weights)
 
     def letters(level):
-        """The letters of a level's blocks; each kind is recognised by one of its tensors."""
-        found = ""
-        while True:
-            block = f"{level}.{len(found)}"
-            if f"{block}.depthwise.weight" in weights:
-                found += "R"
-            elif f"{block}.mapper.weight" in weights:
-                found += "T"
-            elif f"{block}.kv_mapper.1.weight" in weights:
-                found += "A"
-            else:
-                return found
+        layers = "|".join(map(re.escape, LETTERS))
+        blocks = re.findall(rf"(?m)^{level}\.(\d+)\.({layers})\.weight$", names)
+        blocks.sort(key=lambda block: int(block[0]))
+        return "".join(LETTERS[layer] for _, layer in blocks)
 
     def repeats(mappers):
         return 1 + len(weights.series(mappers + ".{}.weight"))
 
     widths = [shape[0] for shape in weights.series("down_blocks.{}.0.depthwise.weight")]
     levels = range(len(widths))
-    names = " ".join(weights)
     return UNetConfig(
         widths=tuple(widths),
         down=tuple(letters(f"down_blocks.{i}") for i in levels),
@@ -857,8 +854,7 @@ def unet_config(weights: Weights) -> UNetConfig:
 
 def stage_a_config(weights: Weights) -> StageAConfig:
     widths = [weights["in_block.1.weight"][0]]
-    for shape in weights.series("down_blocks.{}.weight", start=1, step=2):
-        widths.append(shape[0])
+    widths += [shape[0] for shape in weights.series("down_blocks.{}.weight", start=1, step=2)]
     codes, latent_channels = weights["vquantizer.codebook.weight"]
     deep_blocks = len(weights.series("up_blocks.{}.gammas", start=1))
     scale_factor = weights.setting(
@@ -893,24 +889,23 @@ def previewer_config(weights: Weights) -> PreviewerConfig:
 
 def controlnet_config(weights: Weights) -> ControlNetConfig:
     projections = weights.series("projections.{}.2.weight")
+    blocks = CONTROL_BLOCKS
     if "blocks" in weights.metadata:
         blocks = json.loads(weights.metadata["blocks"])
         valid = isinstance(blocks, list) and all(type(block) is int for block in blocks)
         require(valid and len(set(blocks)) == len(projections),
                 f"metadata: blocks: expected {len(projections)} numbers, got {blocks!r:.80}")
-    else:
-        blocks = CONTROL_BLOCKS
-        require(len(projections) == len(blocks), f"{len(projections)} projections: expected 8, or metadata that "
-                "say which residual blocks they are for: \"blocks\", a JSON list")
+    require(len(projections) == len(blocks), f"{len(projections)} projections: expected 8, or in the "
+            "metadata \"blocks\", a JSON list of the residual blocks that they are for")
     unet_width, features = projections[0][:2]
+    common = {"features": features, "blocks": tuple(blocks), "unet_width": unet_width}
     if "backbone.0.0.weight" in weights:
-        encoder = efficientnet_config(weights)
-        return ControlNetConfig(weights["backbone.0.0.weight"][1], encoder, features=features,
-                                blocks=tuple(blocks), unet_width=unet_width)
+        hint_channels = weights["backbone.0.0.weight"][1]
+        return ControlNetConfig(hint_channels, efficientnet_config(weights), **common)
     wide, hint_channels = weights["backbone.0.weight"][:2]
     widths = (wide, weights["backbone.2.weight"][0])
     depth = len(weights.series("backbone.{}.blocks.0.weight", start=3))
-    return ControlNetConfig(hint_channels, None, widths, depth, features, tuple(blocks), unet_width)
+    return ControlNetConfig(hint_channels, None, widths, depth, **common)
 
 
 # {name: (a tensor that no other network has, class, function that reads its config)}
@@ -923,6 +918,20 @@ NETWORKS = {
     "controlnet": ("projections.0.0.weight", ControlNet, controlnet_config)}
 
 
+def identify(path, expect: str | None = None, networks: dict = NETWORKS):
+    """The name of the network in a file, its weights and its config. Only the file's header is read."""
+    weights, found = Weights(path), {}                  # found: name -> prefix
+    for name, (marker, _, _) in networks.items():
+        found |= {name: prefix for prefix in PREFIXES if prefix + marker in weights}
+    require(expect or len(found) < 2, f"{path}: holds {', '.join(found)}; name the one to load")
+    name = expect or next(iter(found), None)
+    require(name in found, f"{path}: expected {expect or ' or '.join(networks)}, "
+            f"got {' and '.join(found) or 'an unknown network'}")
+    weights = Weights(path, found[name])
+    with reading(path, f"the tensors of a {name}"):
+        return name, weights, networks[name][2](weights)
+
+
 def load(path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
          expect: str | None = None, networks: dict = NETWORKS,
          loras: Sequence[tuple[str | Path, float]] = ()) -> nn.Module:
@@ -931,26 +940,13 @@ def load(path, device: torch.device | str = "cpu", dtype: torch.dtype | None = N
     dtype       of the weights; None keeps the file's
     expect      the name of the network; a file without it is an error, and one with several needs it
     networks    the networks that the file may hold; text_encoder.py has its own
-    loras       LoRA files and their strengths, merged into the weights; for Stage C and the text encoder
+    loras       LoRA files and their strengths, merged into the weights; for Stage C, Stage B and the text encoder
     """
-    weights, found = Weights(path), {}                  # found: name -> prefix
-    for name, (marker, _, _) in networks.items():
-        found |= {name: prefix for prefix in PREFIXES if prefix + marker in weights}
-    require(expect or len(found) < 2, f"{path}: holds {', '.join(found)}; name the one to load")
-    name = expect or next(iter(found), None)
-    require(name in found, f"{path}: expected {expect or ' or '.join(networks)}, "
-            f"got {' and '.join(found) or 'an unknown network'}")
-    _, network_class, read_config = networks[name]
-    weights = Weights(path, found[name])
-    with reading(path, f"the tensors of a {name}"):
-        config = read_config(weights)
-        with torch.device("meta"):
-            network = network_class(config)
+    name, weights, config = identify(path, expect, networks)
+    with reading(path, f"the tensors of a {name}"), torch.device("meta"):
+        network = networks[name][1](config)
     require(not loras or name in ("stage_c", "stage_b", "text_encoder"), f"{path}: a {name} takes no LoRA")
-    changes = []
-    for file, strength in loras:
-        with reading(file, "a LoRA for Stage C, Stage B or the text encoder"):
-            changes.append(Lora(file, strength, network))
+    changes = [Lora(file, strength, network) for file, strength in loras]
     return weights.load_into(network, device, dtype, changes)
 
 
@@ -962,10 +958,7 @@ LORA_PREFIXES = (
     "lora_prior_unet_", "lora_prior_prior_", "lora_prior_te_",      # OneTrainer since 2024
     "lora_decoder_unet_",                                           # Stage B's, by weights/finetune.py
     "prior_", "text_encoder_", "diffusion_model_")                  # diffusers' style, ComfyUI
-LORA_PARTS = {
-    ".lora_down.weight": "down", ".lora_up.weight": "up", ".alpha": "alpha",
-    ".lora_A.weight": "down", ".lora_B.weight": "up", ".lora_down": "down", ".lora_up": "up",
-    "_lora.down.weight": "down", "_lora.up.weight": "up"}
+LORA_TENSOR = re.compile(r"(.+)[._](?:lora[._](down|up|A|B)(?:\.weight)?|(alpha))")     # layer, matrix, or alpha
 # Names of the layers of an attention block; the name here; which third of the stacked rows is meant, None for all.
 LORA_ATTENTION = (
     ("attention_(attn_)?(to_out|to_out_0|to_out_proj)", "attention_attn_out_proj", None),
@@ -978,17 +971,20 @@ LORA_TOKENS = ("embeddings.embeddings", "embeddings.indices")       # see text_e
 
 class Lora:
     """What a LoRA file adds to a network's weights: strength * alpha / rank * up @ down (Hu et al., 2021, section 4.1).
-    The layers of Stage C, Stage B and the text encoder may be in one file; each network leaves the others' alone."""
+    One file may hold layers of Stage C, Stage B and the text encoder; each network ignores those of the others."""
     def __init__(self, path, strength: float, network: nn.Module):
+        self.path = path
         self.strength = strength
-        self.weights = Weights(path, rename=False)
-        self.changes = {}       # name of a weight -> [(third of its rows, names of the tensors down and up, alpha)]
-        require(self.weights, f"{path}: expected a LoRA, got no tensors")
+        self.changes = {}       # name of a weight -> [(third of its rows, down, up, alpha / rank)]
         state = network.state_dict()
         names = self._names_of_layers(state)
-        found = {}              # (layer, third) -> {"down", "up", "alpha": name of the tensor}
-        for tensor in self.weights:
-            if tensor not in LORA_TOKENS:
+        found = {}              # (layer, third) -> {"down", "up", "alpha": tensor}
+        weights = Weights(path, rename=False)
+        with reading(path, "a LoRA for Stage C, Stage B or the text encoder"):
+            require(weights, "expected a LoRA, got no tensors")
+            for tensor in weights:
+                if tensor in LORA_TOKENS:
+                    continue
                 layer, third, part = self._parse(tensor)
                 marker = "clip_txt_mapper"              # a layer that only Stage C has
                 if tensor.startswith("lora_decoder_unet_"):
@@ -996,12 +992,15 @@ class Lora:
                 elif layer.startswith("text_"):
                     marker = "text_projection"          # the text encoder
                 if marker in names:
-                    require(layer in names, f"{path}: {tensor}: Stage C and the text encoder have no such layer")
-                    found.setdefault((layer, third), {})[part] = tensor
-        for (layer, third), parts in found.items():
-            name = names[layer]
-            change = self._read_layer(layer, third, parts, state[name].shape)
-            self.changes.setdefault(name, []).append(change)
+                    require(layer in names, f"{tensor}: no such layer in Stage C, Stage B or the text encoder")
+                    weights.check_float(tensor)
+                    parts = found.setdefault((layer, third), {})
+                    parts[part] = weights.tensor(tensor, dtype=torch.float32)
+            for (layer, third), parts in found.items():
+                name = names[layer]
+                rows = state[name] if third is None else state[name].chunk(3)[third]
+                change = self._read_layer(layer, parts, rows.shape)
+                self.changes.setdefault(name, []).append((third, *change))
 
     @staticmethod
     def _names_of_layers(state):
@@ -1012,50 +1011,43 @@ class Lora:
                 names[name.removesuffix(".weight").replace(".", "_")] = name
             if name.endswith(".attention.attn.out_proj.weight"):
                 numbered += [name, name.replace("out_proj.weight", "in_proj_weight")]
-        for i, name in enumerate(numbered):
-            names[f"weights_{i}"] = name
-        return names
+        return names | {f"weights_{i}": name for i, name in enumerate(numbered)}
 
-    def _parse(self, tensor):
+    @staticmethod
+    def _parse(tensor):
         """lora_unet_up_blocks_0_2_attention_attn_to_q.alpha: the layer up_blocks_0_2_attention_attn_in_proj_weight, its
         third 0, its part alpha."""
-        suffix = next((suffix for suffix in LORA_PARTS if tensor.endswith(suffix)), None)
-        require(suffix, f"{self.weights.path}: {tensor}: expected a LoRA, whose tensors are named such as "
-                "LAYER.lora_up.weight, LAYER.lora_down.weight, LAYER.alpha")
-        layer = tensor.removesuffix(suffix).replace(".", "_")
+        match = LORA_TENSOR.fullmatch(tensor)
+        require(match, f"{tensor}: expected a LoRA, with names such as LAYER.lora_up.weight, "
+                "LAYER.lora_down.weight and LAYER.alpha")
+        layer, matrix, alpha = match.groups()
+        part = {"A": "down", "B": "up"}.get(matrix, matrix or alpha)
+        layer = layer.replace(".", "_")
         for prefix in LORA_PREFIXES:
             layer = layer.removeprefix(prefix)
         for pattern, ours, third in LORA_ATTENTION:
             if re.search(f"{pattern}$", layer):
-                return re.sub(f"{pattern}$", ours, layer), third, LORA_PARTS[suffix]
-        return layer, None, LORA_PARTS[suffix]
+                return re.sub(f"{pattern}$", ours, layer), third, part
+        return layer, None, part
 
-    def _read_layer(self, layer, third, parts, shape):
-        where = f"{self.weights.path}: {layer}"
-        require("down" in parts and "up" in parts, f"{where}: expected both lora_down and lora_up")
-        down, up = self.weights[parts["down"]], self.weights[parts["up"]]
-        rows = shape[0] if third is None else shape[0] // 3
-        rank, columns = down[0], math.prod(down[1:])
-        fits = rank > 0 and (up[0], math.prod(up[1:])) == (rows, rank)
-        fits = fits and columns in (shape[1], math.prod(shape[1:]))
-        require(fits, f"{where}: expected lora_up ({rows}, rank) and lora_down (rank, {shape[1]}), "
-                f"got {up} and {down}")
-        alpha = 1 if layer.startswith("weights_") else rank
-        if "alpha" in parts:
-            require(math.prod(self.weights[parts["alpha"]]) == 1, f"{where}: expected one alpha")
-            alpha = self.weights.tensor(parts["alpha"]).item()
-        types = {kind for tensor in parts.values() for kind in self.weights.types[tensor]}
-        require(types.issubset(FLOAT_TYPES), f"{where}: expected fp32, bf16 or fp16, got {types}")
-        return third, parts["down"], parts["up"], alpha
+    @staticmethod
+    def _read_layer(layer, parts, shape):
+        require({"down", "up"} <= parts.keys(), f"{layer}: expected both lora_down and lora_up")
+        down, up = parts["down"].flatten(1), parts["up"].flatten(1)
+        rows, columns = shape[:2]
+        rank = len(down)
+        fits = rank > 0 and up.shape == (rows, rank) and down.shape[1] in (columns, shape[1:].numel())
+        require(fits, f"{layer}: expected lora_up ({rows}, rank) and lora_down (rank, {columns}), "
+                f"got {tuple(up.shape)} and {tuple(down.shape)}")
+        alpha = parts.get("alpha", torch.tensor(1 if layer.startswith("weights_") else rank))
+        require(alpha.numel() == 1, f"{layer}: expected one alpha")
+        return down, up, alpha.item() / rank
 
     def change(self, name, weight):
         """Changes a weight, fp32, in place."""
-        for third, down, up, alpha in self.changes.get(name, []):
-            down = self.weights.tensor(down, weight.device, torch.float32)
-            up = self.weights.tensor(up, weight.device, torch.float32)
-            rank = len(down)
-            delta = self.strength * alpha / rank * (up.reshape(-1, rank) @ down.reshape(rank, -1))
-            require(delta.isfinite().all(), f"{self.weights.path}: its change of {name} is not finite")
+        for third, down, up, scale in self.changes.get(name, []):
+            delta = self.strength * scale * (up.to(weight) @ down.to(weight))
+            require(delta.isfinite().all(), f"{self.path}: its change of {name} is not finite")
             rows = weight if third is None else weight.chunk(3)[third]
             if delta.numel() == rows.numel():
                 rows += delta.view_as(rows)

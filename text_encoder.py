@@ -54,34 +54,38 @@ def build_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Byt
 
 
 def read_tokenizer(folder: Path) -> BytePairTokenizer:
-    """From vocab.json and merges.txt, or from tokenizer.json, which holds both."""
-    whole, vocab, merges = folder / "tokenizer.json", folder / "vocab.json", folder / "merges.txt"
-    if exists(whole):
-        with reading(whole, "CLIP's tokenizer"):
-            # newer files list the special tokens here too; they are matched earlier, so nothing changes
-            text = whole.read_text("utf-8").replace(r"<\\|startoftext\\|>|<\\|endoftext\\|>|", "")
-            data = json.loads(text)
-            bpe = data["model"]
-            merges = bpe.pop("merges")                  # "a b", or in newer files ["a", "b"]
-            pairs = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in merges]
-            tokenizer = build_tokenizer(bpe.pop("vocab"), pairs)
-            clip = json.loads(tokenizer.to_str())
-            for part in ("normalizer", "pre_tokenizer", "post_processor", "model"):
-                require(agrees(data[part], clip[part]), f"expected CLIP's {part}, got another one")
-            added = {token["content"] for token in data["added_tokens"]}
-            require(added <= {START, END}, f"expected no added tokens, got {added!r:.80}")
-        return tokenizer
-    require(exists(vocab) and exists(merges),
-            f"{folder}: expected tokenizer.json, or vocab.json and merges.txt")
-    with reading(merges, "CLIP's merges, two tokens per line"):
-        lines = merges.read_text("utf-8").splitlines()
-        pairs = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
-    with reading(vocab, "CLIP's vocabulary, {token: id}"):
-        return build_tokenizer(json.loads(vocab.read_text("utf-8")), pairs)
+    """From tokenizer.json, or from vocab.json and merges.txt, which hold the same."""
+    if exists(folder / "tokenizer.json"):
+        return read_tokenizer_json(folder / "tokenizer.json")
+    is_complete = exists(folder / "vocab.json") and exists(folder / "merges.txt")
+    require(is_complete, f"{folder}: expected tokenizer.json, or vocab.json and merges.txt")
+    with reading(folder / "merges.txt", "CLIP's merges, two tokens per line"):
+        lines = (folder / "merges.txt").read_text("utf-8").splitlines()
+        merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
+    with reading(folder / "vocab.json", "CLIP's vocabulary, {token: id}"):
+        vocab = json.loads((folder / "vocab.json").read_text("utf-8"))
+        return build_tokenizer(vocab, merges)
+
+
+def read_tokenizer_json(path: Path) -> BytePairTokenizer:
+    with reading(path, "CLIP's tokenizer"):
+        # the pattern for words in newer files lists the special tokens too, which are matched before it
+        text = path.read_text("utf-8").replace(r"<\\|startoftext\\|>|<\\|endoftext\\|>|", "")
+        data = json.loads(text)
+        bpe = data["model"]
+        merges = bpe.pop("merges")                      # "a b", or in newer files ["a", "b"]
+        merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in merges]
+        tokenizer = build_tokenizer(bpe.pop("vocab"), merges)
+        clip = json.loads(tokenizer.to_str())
+        for part in ("normalizer", "pre_tokenizer", "post_processor", "model"):
+            require(agrees(data[part], clip[part]), f"expected CLIP's {part}, got another one")
+        added = {token["content"] for token in data["added_tokens"]}
+        require(added <= {START, END}, f"expected no added tokens, got {added!r:.80}")
+    return tokenizer
 
 
 def agrees(setting, clip):
-    """Whether a setting in tokenizer.json is CLIP's. Older files omit some; empty, false and null are the same."""
+    """Whether a setting in tokenizer.json is CLIP's. Older files omit some; empty, false and null count as equal."""
     if isinstance(clip, dict):
         same_type = setting.get("type") == clip.get("type")
         return same_type and all(agrees(value, clip[key]) for key, value in setting.items())
@@ -111,8 +115,8 @@ class Tokenizer:
         for prompt, row in zip(prompts, rows):
             if row.overflowing:
                 cut = prompt[row.overflowing[0].offsets[1][0]:]  # from the first token after start
-                warnings.warn(f"the prompt {prompt[:30]!r} is cut to {len(row)} tokens, without {cut[:30]!r}",
-                              stacklevel=2)
+                warnings.warn(f"the prompt {prompt[:30]!r} is cut to {len(row)} tokens, "
+                              f"without {cut[:30]!r}", stacklevel=2)
         ids = torch.tensor([row.ids for row in rows])  # (B, L)
         mask = torch.tensor([row.attention_mask for row in rows])  # (B, L)
         return ids, mask
@@ -264,33 +268,34 @@ def clip_preprocess(image: Image.Image, side: int) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------- reading files
-def activation(weights: Weights, default: str) -> str:
+def layers_config(weights: Weights, network: str, act: str) -> dict:
+    """The fields that both configs have, for the layers of text_model or vision_model."""
+    mlps = weights.series(f"{network}.encoder.layers.{{}}.mlp.fc1.weight")
     names = list(ACTIVATIONS)
-    return weights.setting("hidden_act", default, names.__contains__, " or ".join(names))
+    act = weights.setting("hidden_act", act, names.__contains__, " or ".join(names))
+    return {"layers": len(mlps), "hidden": mlps[0][0], "act": act}
 
 
 def text_config(weights: Weights) -> TextConfig:
     vocabulary, width = weights["text_model.embeddings.token_embedding.weight"]
     length = weights["text_model.embeddings.position_embedding.weight"][0]
-    mlps = weights.series("text_model.encoder.layers.{}.mlp.fc1.weight")
     projection = weights["text_projection.weight"][0]
     end = weights.setting(
         "eos_token_id", 2, lambda value: type(value) is int and 0 <= value < vocabulary,
         f"a token id below {vocabulary}")
     if end == 2:                                        # old configs say 2 but mean the last token
         end = vocabulary - 1
-    act = activation(weights, TextConfig.act)
-    return TextConfig(vocabulary, length, width, len(mlps), mlps[0][0], projection, act, end)
+    layers = layers_config(weights, "text_model", TextConfig.act)
+    return TextConfig(vocabulary, length, width, projection=projection, end=end, **layers)
 
 
 def image_config(weights: Weights) -> ImageConfig:
     width, _, patch, _ = weights["vision_model.embeddings.patch_embedding.weight"]
     tokens = weights["vision_model.embeddings.position_embedding.weight"][0]
     side = patch * math.isqrt(tokens - 1)
-    mlps = weights.series("vision_model.encoder.layers.{}.mlp.fc1.weight")
     projection = weights["visual_projection.weight"][0]
-    act = activation(weights, ImageConfig.act)
-    return ImageConfig(side, patch, width, len(mlps), mlps[0][0], projection, act)
+    layers = layers_config(weights, "vision_model", ImageConfig.act)
+    return ImageConfig(side, patch, width, projection=projection, **layers)
 
 
 NETWORKS = {
@@ -312,12 +317,13 @@ def load(path, device: torch.device | str = "cpu", dtype: torch.dtype | None = N
 def add_tokens(encoder: TextEncoder, weights: Weights, loras, tokens):
     """Changes the token embeddings as the original's LoRA files say: `embeddings.embeddings` is added to the rows
     `embeddings.indices`. Rows after the vocabulary are new; they start as the mean of a word's rows."""
-    embedding = encoder.text_model.embeddings.token_embedding
-    vocabulary, width = embedding.weight.shape
+    embedding = encoder.text_model.embeddings.token_embedding.weight
+    vocabulary, width = embedding.shape
     name = "text_model.embeddings.token_embedding.weight"
-    before = weights.tensor(name, embedding.weight.device, torch.float32)
-    after = before.clone()
-    new_rows = []
+    before = weights.tensor(name, embedding.device, torch.float32)
+    starts = [before[word].mean(dim=0, keepdim=True) for word in tokens]
+    table = torch.cat([before, *starts])
+    end = vocabulary                                    # of the rows in use
     for path, strength in loras:
         lora = Weights(path, rename=False)
         if LORA_TOKENS[0] not in lora:
@@ -328,16 +334,15 @@ def add_tokens(encoder: TextEncoder, weights: Weights, loras, tokens):
         require(fits, f"{path}: expected embeddings (n, {width}) and n indices, got "
                 f"{tuple(changes.shape)} and {tuple(indices.shape)}")
         for i in indices.argsort().tolist():
-            change = strength * changes[i].float()
-            if indices[i] < vocabulary:
-                after[indices[i]] += change
-            else:
-                require(len(new_rows) < len(tokens), f"{path}: has a new token; give its name and the "
-                        "word that it starts from, with --token '[new]=word' or tokens={'[new]': 'word'}")
-                word = tokens[len(new_rows)]
-                new_rows.append(before[word].mean(dim=0, keepdim=True) + change)
-    count = len(new_rows)
-    require(len(tokens) == count, f"tokens: the LoRA files have {count} new ones, got {len(tokens)}")
-    table = torch.cat([after, *new_rows]).to(embedding.weight.dtype)
+            row = int(indices[i])
+            if row >= vocabulary:                       # a new token: the next of `tokens`
+                require(end < len(table), f"{path}: has a new token; give its name and the word it "
+                        "starts from, with --token '[new]=word' or tokens={'[new]': 'word'}")
+                row = end
+                end += 1
+            table[row] += strength * changes[i].float()
+    require(end == len(table),
+            f"tokens: the LoRA files have {end - vocabulary} new ones, got {len(tokens)}")
+    table = table.to(embedding.dtype)
     encoder.text_model.embeddings.token_embedding = nn.Embedding.from_pretrained(table)
     encoder.config = replace(encoder.config, vocabulary=len(table))
