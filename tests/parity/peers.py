@@ -7,6 +7,7 @@ from tiny import to_diffusers
 from transformers import (CLIPImageProcessorPil, CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer,
                           CLIPVisionConfig, CLIPVisionModelWithProjection)
 
+from sampler import generators
 from text_encoder import CLIP_MEAN, CLIP_STD
 
 BLOCKS = {"R": "SDCascadeResBlock", "T": "SDCascadeTimestepBlock", "A": "SDCascadeAttnBlock"}
@@ -101,6 +102,16 @@ def combined_pipeline(cascade, with_stage_a=True):
         prior, text, tokenizer, DDPMWuerstchenScheduler())
     pipeline.to(cascade.device).set_progress_bar_config(disable=True)
     return pipeline
+
+
+def draw(pipeline, prompts, negative, *, width, height, steps, decoder_steps, decoder_guidance=0.0, guidance=4.0,
+         images=1, seed=0, output="np"):
+    """What diffusers' pipeline draws for the arguments of a Cascade."""
+    return pipeline(
+        prompts, negative_prompt=negative, width=width, height=height, num_inference_steps=decoder_steps,
+        prior_num_inference_steps=steps, prior_guidance_scale=guidance, num_images_per_prompt=images,
+        decoder_guidance_scale=decoder_guidance, output_type=output,
+        generator=generators(seed, images * len(prompts))).images
 
 
 def prior_pipeline(cascade):

@@ -1,12 +1,11 @@
 """Stage A is diffusers' PaellaVQModel."""
-import json
 from dataclasses import replace
 
 import pytest
 import torch
 from helpers import assert_same, noise
 from peers import diffusers_stage_a
-from tiny import STAGE_A, randomise, save, to_diffusers
+from tiny import STAGE_A, randomise, save
 
 from model import StageA, load
 
@@ -34,22 +33,12 @@ def test_pixels_latents_and_codes_are_the_same(config, size):
     assert_same(codes * scale_factor, their_codes)
 
 
-@torch.no_grad()
-def test_the_scale_factor_is_read_from_the_config_next_to_the_file(tmp_path):
-    state = randomise(StageA(STAGE_A), 12).state_dict()
-    path = tmp_path / "diffusion_pytorch_model.safetensors"
-    save(to_diffusers(state), path)
-    assert load(path).config.scale_factor == 0.43
-    (tmp_path / "config.json").write_text(json.dumps({"scale_factor": 0.3764}))
-    z = noise(1, 4, 5, 5)
-    assert_same(load(path).decode(z), diffusers_stage_a(load(path)).decode(0.3764 * z).sample)
-
-
 @EACH_CONFIG
 def test_both_layouts_load_as_the_same_network(tmp_path, config):
-    stage_a = randomise(StageA(replace(config, scale_factor=0.43)), 13)
-    z = noise(1, config.latent_channels, 5, 6)
-    for state in stage_a.state_dict(), to_diffusers(stage_a.state_dict()):
-        save(state, tmp_path / "file.safetensors")
-        loaded = load(tmp_path / "file.safetensors")
-        assert loaded.config == stage_a.config and torch.equal(loaded.decode(z), stage_a.decode(z))
+    """The scale factor is in diffusers' config.json, next to the files."""
+    stage_a, z = randomise(StageA(config), 13), noise(1, config.latent_channels, 5, 6)
+    save(stage_a.state_dict(), tmp_path / "original.safetensors")
+    diffusers_stage_a(stage_a).save_pretrained(tmp_path)
+    for name in "original", "diffusion_pytorch_model":
+        loaded = load(tmp_path / f"{name}.safetensors")
+        assert loaded.config == config and torch.equal(loaded.decode(z), stage_a.decode(z))
