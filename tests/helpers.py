@@ -58,7 +58,7 @@ RUNS = {"stage_c": lambda network, **inputs: {"epsilon": network(**inputs)},
 
 def split(tensors, *prefixes):
     """For each prefix the tensors whose names begin with it, named without it."""
-    return [{name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    return [{name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
             for prefix in prefixes]
 
 
@@ -75,6 +75,13 @@ def original(name, folder):
     inputs, outputs, weights = split(load_file(source), "in.", "out.", "weights.")
     save_file(weights, file, Weights(source).metadata)
     return file, inputs, outputs
+
+
+def original_stage_c(folder):
+    """The same of Stage C alone: the path, the inputs, and eps."""
+    file, inputs, outputs = original("stage_c", folder)
+    names = "x", "r", "clip_text_pooled", "clip_text", "clip_img"
+    return file, {name: inputs[name] for name in names}, outputs["eps"]
 
 
 # ------------------------------------------------------------------------------ inputs and errors
@@ -127,4 +134,5 @@ def assert_same(ours, theirs, tolerance=1e-5):
 
 def slow_except(values, *fast):
     """Values of a parametrised test, which is slow but for those in `fast`."""
-    return [value if value in fast else pytest.param(value, marks=pytest.mark.slow) for value in values]
+    slow = pytest.mark.slow
+    return [value if value in fast else pytest.param(value, marks=slow) for value in values]

@@ -9,7 +9,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 from commands import FEW, change_tensors, refused
-from helpers import TESTS, assert_same, noise, original, relative_error
+from helpers import TESTS, assert_same, noise, original, original_stage_c, relative_error
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -43,10 +43,9 @@ def test_feature_maps_and_stage_c_are_the_originals(tmp_path, kind):
     assert list(ours) == list(maps)
     for block in maps:
         assert_same(ours[block], maps[block][:1], 1e-6)
-    path, inputs, plain = original("stage_c", tmp_path)
-    inputs = {name: inputs[name] for name in ("x", "r", "clip_text_pooled", "clip_text", "clip_img")}
-    assert relative_error(theirs["eps"], plain["eps"]) > 0.1
-    controls = {"eps": maps, "eps_scaled_0.6": {block: 0.6 * value for block, value in maps.items()},
+    path, inputs, plain = original_stage_c(tmp_path)
+    assert relative_error(theirs["eps"], plain) > 0.1
+    controls = {"eps": maps, "eps_scaled_0.6": {block: 0.6 * maps[block] for block in maps},
                 "eps_only_block.1": {1: maps[0]}, "eps_only_block.6": {6: maps[0]}}
     unet = model.load(path, dtype=torch.float32)
     for name in controls.keys() & theirs.keys():
@@ -106,7 +105,7 @@ def test_the_size_is_the_hints_and_twice_that_for_super_resolution(pipeline, ima
     assert image.size == (192, 256)
 
 
-def test_hint_strength_and_kind_matter_and_a_hint_can_be_given_as_the_network_takes_it(pipeline, images):
+def test_hint_and_strength_matter_and_a_hint_can_be_given_as_the_network_takes_it(pipeline, images):
     few, canny = {"steps": 2, **SIZE}, {"control": "canny", "hint": "b.png"}
     given = canny | {"hint": canny_hint(load_pixels("b.png", **SIZE))}
     variants = [{}, canny, canny | {"control_strength": 0.5}, canny | {"hint": "left.png"}, given,
@@ -128,22 +127,23 @@ def test_a_controlnet_runs_in_any_type(pipeline, folder, images, dtype):
 def test_outside_the_mask_the_latent_stays(pipeline, images, recipe):
     start = pipeline.encode_semantic("b.png", **SIZE)  # (1, 16, 3, 3): the mask covers its first column
     options = {"init_image": "b.png", "strength": 1.0, "steps": 4, "recipe": recipe, **SIZE}
-    seen = []
-    ours = pipeline.prior("a star", mask="left.png", images=2, callback=lambda step, x0: seen.append(x0), **options)
-    for latent in [*ours, *torch.cat(seen)]:
+    seen, callback = [], lambda step, x0: seen.extend(x0)
+    ours = pipeline.prior("a star", mask="left.png", images=2, callback=callback, **options)
+    for latent in [*ours, *seen]:
         assert relative_error(latent[..., 1:], start[0, ..., 1:]) < 1e-3
         assert relative_error(latent[..., :1], start[0, ..., :1]) > 0.1
-    assert torch.equal(pipeline.prior("a star", mask="white.png", **options), pipeline.prior("a star", **options))
+    everywhere = pipeline.prior("a star", mask="white.png", **options)
+    assert torch.equal(everywhere, pipeline.prior("a star", **options))
 
 
 # ------------------------------------------------------------------------------ the command
 WRONG = {
-    "star --control canny": "control, hint: expected both", "--hint b.png": "control, hint: expected both",
-    "--control soup --hint b.png": "--control: invalid",
+    "star --control canny": "control, hint: expected both",
+    "--hint b.png": "control, hint: expected both", "--control soup --hint b.png": "--control: invalid",
     "--control canny --hint nowhere.png": "nowhere.png: there is no such",
     "--control inpainting --hint b.png": "control inpainting: needs a mask",
-    "star --mask left.png": "mask: needs", "--control canny --hint b.png --mask left.png": "mask: needs",
-    "star --control-strength 2": "--control-strength: needs --control",
+    "star --mask left.png": "mask: needs",
+    "--control canny --hint b.png --mask left.png": "mask: needs", "star --control-strength 2": "--control-strength: needs --control",
     "--control canny --hint b.png --control-strength nan": "--control-strength: expected",
     "--init-image b.png --mask a.png": "mask: expected the size of its image, 96 x 128, got 64 x 64",
     "--init-image b.png --mask black.png": "mask: expected white",
@@ -159,14 +159,13 @@ def test_wrong_options_are_refused_by_name(folder, images, options):
     refused([*options.split(), "--weights", folder], WRONG[options])
 
 
-HINT = torch.zeros(1, 1, 64, 64)
-MASK = Image.new("L", (64, 64))
+MASK, HINT = Image.new("L", (64, 64)), torch.zeros(1, 1, 64, 64)
+WRONG_HINTS = [3, HINT.repeat(1, 3, 1, 1), HINT[..., :31], HINT.repeat(2, 1, 1, 1), HINT * torch.nan, HINT.int()]
 CANNY = {"control": "canny", "hint": HINT}
 WRONG_ARGUMENTS = [
     CANNY | {"control": 3}, CANNY | {"control": "plain"}, CANNY | {"control": "inpainting"},
-    *(CANNY | {"hint": hint} for hint in (
-        3, HINT.repeat(1, 3, 1, 1), HINT[..., :31], HINT.repeat(2, 1, 1, 1), HINT * torch.nan, HINT.int())),
-    *(CANNY | {"control_strength": strength} for strength in (float("inf"), "1")),
+    *(CANNY | {"hint": hint} for hint in WRONG_HINTS),
+    CANNY | {"control_strength": float("inf")}, CANNY | {"control_strength": "1"},
     {"hint": HINT}, {"control": "canny"}, {"mask": MASK}, {"init_image": MASK, "mask": HINT},
     {"control": "inpainting", "hint": HINT, "mask": 3}]
 
@@ -180,11 +179,11 @@ def test_wrong_arguments_are_refused(pipeline, monkeypatch, arguments):
 
 # ------------------------------------------------------------------------------ files
 @pytest.mark.parametrize("blocks, text", [
-    (None, "3 projections: expected 8"), ("[0, 7]", "expected 3 numbers"), ("[0, 7, 7]", "expected 3 numbers"),
-    ("3", "expected 3 numbers"), ("[0,", "expected the tensors of a controlnet"),
-    ('["a", 1, 2]', "expected 3 numbers"), ("[0, 7, 99]", "residual block 99, expected 0"),
-    ("[0, 1, 8]", "64 channels for residual block 1, expected 128")])
-def test_a_controlnet_that_does_not_say_where_it_belongs_or_does_not_fit_is_refused(weights, blocks, text):
+    *((blocks, "expected 3 numbers") for blocks in ("[0, 7]", "[0, 7, 7]", "3", '["a", 1, 2]')),
+    (None, "3 projections: expected 8"), ("[0,", "expected the tensors of a controlnet"),
+    ("[0, 1, 8]", "64 channels for residual block 1, expected 128"),
+    ("[0, 7, 99]", "residual block 99, expected 0")])
+def test_a_controlnet_without_its_blocks_or_with_wrong_ones_is_refused(weights, blocks, text):
     metadata = {"blocks": blocks} if blocks else None
     change_tensors(weights, "controlnet/canny", lambda tensors: None, metadata)
     refused(["--control", "canny", "--hint", "a.png", *FEW, "--weights", "weights"], text)
@@ -206,7 +205,8 @@ def test_another_file_in_a_controlnets_place_is_refused(weights, images, kind):
 
 def test_eight_projections_mean_the_official_blocks(tmp_path):
     config = replace(tiny.CONTROLNETS["canny"], blocks=model.CONTROL_BLOCKS)
-    network = tiny.randomise(model.ControlNet(config), 0)
-    for blocks, metadata in (model.CONTROL_BLOCKS, None), (tuple(range(8)), {"blocks": json.dumps([*range(8)])}):
-        tiny.save(network.state_dict(), tmp_path / "a.safetensors", metadata=metadata)
-        assert model.load(tmp_path / "a.safetensors").config == replace(config, blocks=blocks)
+    file, network = tmp_path / "a.safetensors", tiny.randomise(model.ControlNet(config), 0)
+    tiny.save(network.state_dict(), file)
+    assert model.load(file).config == config
+    tiny.save(network.state_dict(), file, metadata={"blocks": json.dumps([*range(8)])})
+    assert model.load(file).config == replace(config, blocks=tuple(range(8)))

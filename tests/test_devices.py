@@ -15,13 +15,15 @@ from cascade import Cascade
 from model import CascadeError
 from sampler import generators, sample
 
-CHIP = pytest.mark.parametrize("chip", [pytest.param(name, marks=getattr(pytest.mark, name)) for name in ("cuda", "mps")])
+CUDA, MPS = (pytest.param(name, marks=getattr(pytest.mark, name)) for name in ("cuda", "mps"))
+CHIP = pytest.mark.parametrize("chip", [CUDA, MPS])
 FEW = {"steps": 3, "decoder_steps": 2, "seed": 3, "output": "pt"}
 DEFAULT_DEVICE = cascade.default_device                 # conftest.py replaces it
 
 
 # ------------------------------------------------------------------------------ on any machine
-@pytest.mark.parametrize("cuda, mps, expected", [(True, False, "cuda"), (False, True, "mps"), (False, False, "cpu")])
+@pytest.mark.parametrize("cuda, mps, expected", [
+    (True, False, "cuda"), (True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")])
 def test_the_device_is_cuda_then_mps_then_the_cpu(monkeypatch, cuda, mps, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
@@ -29,7 +31,8 @@ def test_the_device_is_cuda_then_mps_then_the_cpu(monkeypatch, cuda, mps, expect
 
 
 @pytest.mark.parametrize("device, capability, expected", [
-    ("cpu", 0, "float32"), ("mps", 0, "float32"), ("cuda", 7, "float16"), ("cuda", 8, "bfloat16"), ("cuda", 12, "bfloat16")])
+    ("cpu", 0, "float32"), ("mps", 0, "float32"), ("cuda", 7, "float16"),
+    ("cuda", 8, "bfloat16"), ("cuda", 12, "bfloat16")])
 def test_the_type_fits_the_device(monkeypatch, device, capability, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 5))
     assert cascade.check_dtype("dtype", "auto", torch.device(device)) == getattr(torch, expected)
@@ -51,7 +54,8 @@ def test_the_command_switches_reduced_precision_off():
 
 
 @pytest.mark.parametrize("device, steps", [("cpu", 2), ("meta", 4)])
-def test_the_step_that_fails_is_named_at_once_on_a_cpu_and_after_the_stage_elsewhere(folder, monkeypatch, device, steps):
+def test_the_step_that_fails_is_named_at_once_on_a_cpu_else_after_the_stage(
+        folder, monkeypatch, device, steps):
     pipeline, ran = Cascade(folder, "cpu", keep=True), []
     pipeline.network("stage_c")
     pipeline.device = torch.device(device)
@@ -78,7 +82,7 @@ def test_a_unet_compiles_to_one_graph(name):
     assert_same(unet(**inputs), expected)
 
 
-@pytest.mark.parametrize("device", ["cpu", "meta", pytest.param("cuda", marks=pytest.mark.cuda)])
+@pytest.mark.parametrize("device", ["cpu", "meta", CUDA])
 def test_padding_keeps_feature_maps_channels_last(device):
     assert model.ReplicationPad2d(1)(torch.randn(2, 5, 6, 8, device=device)).is_contiguous()
 
@@ -90,7 +94,8 @@ def qkv(rows, heads, queries, keys):
 
 
 # Several heads at a time, fewer in the last turn; one at a time; all at once.
-SHAPES = pytest.mark.parametrize("shape", [(2, 5, 900, 1000), (1, 2, 1500, 1504), (3, 4, 9, 20)], ids=str)
+SHAPES = pytest.mark.parametrize(
+    "shape", [(2, 5, 900, 1000), (1, 2, 1500, 1504), (3, 4, 9, 20)], ids=str)
 
 
 @SHAPES
@@ -109,7 +114,7 @@ def test_its_bf16_is_hardly_further_from_fp32_than_pytorchs(shape):
     """It rounds the scores, which PyTorch's kernel keeps in fp32."""
     exact = F.scaled_dot_product_attention(*qkv(*shape))
     q, k, v = (x.bfloat16() for x in qkv(*shape))
-    ours, theirs = (attend(q, k, v).float() for attend in (model.attention_by_head, F.scaled_dot_product_attention))
+    ours, theirs = model.attention_by_head(q, k, v), F.scaled_dot_product_attention(q, k, v)
     assert (ours - exact).norm() < 1.5 * (theirs - exact).norm()
 
 
@@ -186,5 +191,5 @@ def test_a_released_network_takes_no_memory_when_the_next_is_loaded(folder, monk
 
     monkeypatch.setattr(model, "load", watched)
     Cascade(folder, "cuda")("a star", **FEW)
-    smallest = min(sum(each.numel() for each in network.parameters()) for network in networks().values())
-    assert len(taken) == 4 and max(taken) - taken[0] < 2 * smallest
+    sizes = [sum(each.numel() for each in network.parameters()) for network in networks().values()]
+    assert len(taken) == 4 and max(taken) - taken[0] < 2 * min(sizes)

@@ -35,7 +35,8 @@ def test_a_format_is_recognised_by_its_bytes(tmp_path):
 
 def test_other_colour_spaces_become_rgb():
     for mode in ("L", "1", "P", "CMYK", "YCbCr", "PA", "HSV"):
-        opened = load_image(random_image(20, 10).convert("P" if mode == "PA" else mode).convert(mode))
+        image = random_image(20, 10).convert("P" if mode == "PA" else mode)
+        opened = load_image(image.convert(mode))
         assert opened.mode == "RGB" and opened.size == (20, 10), mode
 
 
@@ -109,7 +110,8 @@ def test_what_is_no_image_file_is_refused(tmp_path):
 
 # ------------------------------------------------------------------------------ image inputs
 def test_reference_images_change_the_latents_in_whatever_form_and_order(pipeline, place):
-    image, other, embedding = load_image("a.png"), random_image(64, 200), pipeline.encode_image("a.png")
+    image, other = load_image("a.png"), random_image(64, 200)
+    embedding = pipeline.encode_image("a.png")
     assert embedding.shape == (1, 24)
     forms = [None, "a.png", place / "a.png", image, [image], embedding, embedding.double(),
              ["a.png", other], [other, "a.png"]]
@@ -121,13 +123,13 @@ def test_reference_images_change_the_latents_in_whatever_form_and_order(pipeline
 
 
 def test_an_initial_image_is_encoded_as_the_network_does_it(pipeline):
-    assert pipeline.encode_semantic(random_image(120, 100), width=200, height=90).shape == (1, 16, 3, 5)
-    pixels = torch.from_numpy(np.array(random_image(96, 96))).permute(2, 0, 1)[None] / 255  # 32 * 3 a side
-    latent = pipeline.encode_semantic(random_image(96, 96), width=96, height=96)
+    image, size = random_image(96, 96), {"width": 96, "height": 96}
+    assert pipeline.encode_semantic(image, width=200, height=90).shape == (1, 16, 3, 5)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255  # 32 * 3 a side
+    latent = pipeline.encode_semantic(image, **size)
     assert torch.allclose(latent, pipeline.network("effnet_encoder")(pixels), atol=1e-5)
-    from_image, from_latent = (
-        pipeline.prior(init_image=start, width=96, height=96) for start in (random_image(96, 96), latent))
-    assert torch.equal(from_image, from_latent)
+    from_latent = pipeline.prior(init_image=latent, **size)
+    assert torch.equal(from_latent, pipeline.prior(init_image=image, **size))
 
 
 def test_recipes_reach_both_stages(pipeline):
@@ -163,15 +165,15 @@ def test_the_command_saves_a_preview_of_every_step(place, folder):
 
 @pytest.mark.parametrize("ending", ["gif", "webp"])
 def test_an_animation_has_a_frame_for_every_step_of_both_stages(place, folder, ending):
-    options = ["--steps", 3, "--decoder-steps", 2, "--images", 2, "--width", 64, "--weights", folder]
+    few = ["--steps", 3, "--decoder-steps", 2, "--images", 2, "--width", 64, "--weights", folder]
     prompt = "a star\n" + "x" * 1000
-    command(prompt, *options, "-o", "b.png")
-    command(prompt, *options, "-o", "c.png", "--animate", f"a.{ending}")
+    command(prompt, *few, "-o", "b.png")
+    command(prompt, *few, "-o", "c.png", "--animate", f"a.{ending}")
     for i in range(2):                                  # watching changes nothing
         assert (place / f"b-{i}.png").read_bytes() == (place / f"c-{i}.png").read_bytes()
     with Image.open(f"a.{ending}") as animation:
         assert animation.n_frames in (4, 5) and animation.size == (2 * 128 + 8, 256 + 32)  # WebP drops equal frames
-        frames = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(animation)]
-    halves = [(frame[:256, :128], frame[:256, -128:]) for frame in frames]
-    changes = [[abs(a.astype(int) - b).mean() > 1 for a, b in zip(*pair)] for pair in zip(halves, halves[1:])]
-    assert changes[0] == [True, False] and changes[-1] == [False, True]
+        frames = [np.array(frame.convert("RGB"), int) for frame in ImageSequence.Iterator(animation)]
+    halves = np.array([(frame[:256, :128], frame[:256, -128:]) for frame in frames])
+    left, right = (abs(np.diff(halves, axis=0)).mean((2, 3, 4)) > 1).T
+    assert (left[0], right[0]) == (True, False) and (left[-1], right[-1]) == (False, True)

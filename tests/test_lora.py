@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from commands import FEW, command, refused
-from helpers import TESTS, assert_same, original, relative_error
+from commands import SMALL, command, refused
+from helpers import TESTS, assert_same, original, original_stage_c, relative_error
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -26,10 +26,9 @@ def original_file(maker):
 
 @pytest.mark.parametrize("maker", ["original", "kohya", "onetrainer"])
 def test_stage_c_gives_the_makers_numbers(tmp_path, maker):
-    path, inputs, plain = original("stage_c", tmp_path)
-    inputs = {name: inputs[name] for name in ("x", "r", "clip_text_pooled", "clip_text", "clip_img")}
+    path, inputs, plain = original_stage_c(tmp_path)
     _, _, theirs = original(f"lora_{maker}", tmp_path)
-    assert relative_error(theirs["eps"], plain["eps"]) > 0.1
+    assert relative_error(theirs["eps"], plain) > 0.1
     for strength, name in (1.0, "eps"), (0.5, "eps_half"):
         if name in theirs:
             unet = model.load(path, dtype=torch.float32, loras=[(original_file(maker), strength)])
@@ -52,28 +51,33 @@ QKV_OUT = range(4)                                      # the layers of an atten
 SPLIT = "attn.to_q attn.to_k attn.to_v attn.out_proj"
 PARTS = "attn.in_proj.0 attn.in_proj.1 attn.in_proj.2 attn.out_proj"
 DIFFUSERS = "to_q to_k to_v to_out.0"
+THREE_DAYS = SPLIT.replace("out_proj", "to_out_proj")
 KOHYA = ".lora_down.weight .lora_up.weight .alpha"
 PEFT = ".lora_A.weight .lora_B.weight .alpha"
+DIFFUSERS_TENSORS = "_lora.down.weight _lora.up.weight .alpha"
 NAMINGS = {                                             # prefix, separator, layers, tensors
     "kohya": ("lora_unet_", "_", SPLIT, KOHYA),
     "kohya, 22 February 2024": ("lora_unet_", "_", SPLIT.replace("out_proj", "to_out"), KOHYA),
     "OneTrainer": ("lora_prior_unet_", "_", SPLIT, KOHYA),
     "OneTrainer, before March 2024": ("lora_prior_unet_", "_", DIFFUSERS, KOHYA),
     "OneTrainer, its bug": ("lora_prior_prior_", "_", DIFFUSERS, KOHYA),
-    "OneTrainer, three days": ("lora_prior_unet_", "_", SPLIT.replace("out_proj", "to_out_proj"), KOHYA),
+    "OneTrainer, three days": ("lora_prior_unet_", "_", THREE_DAYS, KOHYA),
     "OneTrainer 2026, Kohya": ("lora_unet_", "_", PARTS, KOHYA),
     "OneTrainer 2026, Diffusers": ("prior.", ".", DIFFUSERS, PEFT.removesuffix(" .alpha")),
     "OneTrainer 2026, Original": ("", ".", PARTS, PEFT),
     "OneTrainer 2026, Comfy": ("diffusion_model.", ".", PARTS, PEFT),
     "ComfyUI": ("diffusion_model.", ".", SPLIT, ".lora_down .lora_up .alpha"),
-    "ComfyUI, diffusers' tensors": ("lora_unet_", "_", SPLIT, "_lora.down.weight _lora.up.weight .alpha")}
+    "ComfyUI, diffusers' tensors": ("lora_unet_", "_", SPLIT, DIFFUSERS_TENSORS)}
 
 
 def random_lora():
     """{(block, layer): (down, up)} for three attention blocks of Stage C."""
     generator = torch.Generator().manual_seed(0)
-    shapes = {(block, layer): ((RANK, c), (c, RANK)) for block, c in BLOCKS.items() for layer in QKV_OUT}
-    return {key: [torch.randn(shape, generator=generator) for shape in pair] for key, pair in shapes.items()}
+
+    def randn(*shape):
+        return torch.randn(shape, generator=generator)
+
+    return {(block, layer): (randn(RANK, c), randn(c, RANK)) for block, c in BLOCKS.items() for layer in QKV_OUT}
 
 
 def write(path, lora, naming):
@@ -104,10 +108,10 @@ def test_every_naming_gives_the_same_network(folder, tmp_path, naming):
     lora = random_lora()
     file = write(tmp_path / "a.safetensors", lora, naming)
     before = model.load(folder / "stage_c.safetensors").state_dict()
-    ours = model.load(folder / "stage_c.safetensors", loras=[(file, 0.7)])
-    assert_is_stage_c_with(lora, 0.7, ours, folder)
-    changed = [name for name, tensor in ours.state_dict().items() if not torch.equal(tensor, before[name])]
-    assert len(changed) == 2 * len(BLOCKS)
+    network = model.load(folder / "stage_c.safetensors", loras=[(file, 0.7)])
+    after = network.state_dict()
+    assert_is_stage_c_with(lora, 0.7, network, folder)
+    assert sum(not torch.equal(before[name], after[name]) for name in before) == 2 * len(BLOCKS)
 
 
 SHAPES = {                                              # of down and up
@@ -138,7 +142,7 @@ def test_one_file_changes_both_networks_and_convolutions_and_files_add_up(folder
 # ------------------------------------------------------------------------------ errors
 LAYER = "lora_unet_down_blocks_0_2_kv_mapper_1"
 DOWN, UP, FACTOR = f"{LAYER}.lora_down.weight", f"{LAYER}.lora_up.weight", f"{LAYER}.alpha"
-SMALL = {DOWN: torch.ones(2, 48), UP: torch.ones(64, 2), FACTOR: torch.tensor(1.0)}
+TENSORS = {DOWN: torch.ones(2, 48), UP: torch.ones(64, 2), FACTOR: torch.tensor(1.0)}
 FAULTS = {                                              # the tensors that differ; None: they are missing
     "no such layer": {"lora_unet_input_blocks_1.alpha": torch.ones(1)},
     "lora_te2_x.alpha": {"lora_te2_x.alpha": torch.ones(1)},
@@ -147,22 +151,23 @@ FAULTS = {                                              # the tensors that diffe
     "(2, 0)": {UP: torch.ones(2, 0)}, "expected a LoRA for": {UP: torch.tensor(1.0)},
     "one alpha": {FACTOR: torch.ones(2)}, "I8": {UP: torch.ones(64, 2).char()},
     "not finite": {FACTOR: torch.tensor(torch.inf)},
-    "expected a LoRA, got no tensors": dict.fromkeys(SMALL)}
+    "expected a LoRA, got no tensors": dict.fromkeys(TENSORS)}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_wrong_lora_file_is_refused_by_name(place, folder, fault):
-    tensors = SMALL | FAULTS[fault]
-    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, "wrong.safetensors")
-    refused(["a star", "--lora", "wrong.safetensors:0.5", *FEW, "--weights", folder], "wrong.safetensors", fault)
+    tensors = TENSORS | FAULTS[fault]
+    save_file({name: tensors[name] for name in tensors if tensors[name] is not None}, "wrong.safetensors")
+    refused(["star", "--lora", "wrong.safetensors:0.5", "--weights", folder], "wrong.safetensors", fault)
 
 
 @pytest.mark.parametrize("options, text", [
     ("star --lora nowhere.safetensors", "nowhere.safetensors: there is no such file"),
     ("star --lora a.png", "a.png: expected"), ("star --lora a.png:nan", "lora_strength: expected"),
     ("star --lora a.png:inf", "lora_strength: expected"),
-    ("star --lora a.png:1:x", "a.png:1:x: there is no such file"), ("star --lora=", "loras: expected"),
-    ("star --token x", "--token: expected"), ("star --token [x]=red", "tokens: the LoRA files have 0"),
+    ("star --lora=", "loras: expected"), ("star --lora a.png:1:x", "a.png:1:x: there is no such file"),
+    ("star --token x", "--token: expected"),
+    ("star --token [x]=red", "tokens: the LoRA files have 0"),
     ("--reconstruct a.png --lora a.png", "--lora: not used")])
 def test_wrong_options_are_refused_by_name(place, folder, options, text):
     refused([*options.split(), "--weights", folder], text)
@@ -185,9 +190,10 @@ def token_table(cascade):
 
 
 def test_a_new_token_starts_from_its_word_and_is_read_whole(folder, tmp_path):
-    file, tokens = write_tokens(tmp_path / "a.safetensors", (521, 4, 520)), {"[one]": "red", "<two>": "circle"}
+    file = write_tokens(tmp_path / "a.safetensors", (521, 4, 520))
+    tokens = {"[one]": "red", "<two>": "circle"}
     plain = Cascade(folder)
-    zero, full = (Cascade(folder, loras=[(file, strength)], tokens=tokens) for strength in (0.0, 1.0))
+    zero, full = (Cascade(folder, loras=[(file, scale)], tokens=tokens) for scale in (0.0, 1.0))
     red_and_circle = plain.encode_prompt(["a red star", "a red circle"]).hidden
     prompts = ["a red star", "a red circle", "a [One] star", "a[one]<two>"]
     hidden, changed = (cascade.encode_prompt(prompts).hidden for cascade in (zero, full))
@@ -195,7 +201,8 @@ def test_a_new_token_starts_from_its_word_and_is_read_whole(folder, tmp_path):
     assert torch.allclose(hidden[0, :4], hidden[2, :4], atol=1e-5)                  # red is one token
     assert (changed[2] - hidden[2]).abs().max() > 1e-2
     before, after = token_table(plain), token_table(full)
-    ids = text_encoder.read_tokenizer(folder / "tokenizer").encode("circle", add_special_tokens=False).ids
+    tokenizer = text_encoder.read_tokenizer(folder / "tokenizer")
+    ids = tokenizer.encode("circle", add_special_tokens=False).ids
     assert torch.allclose(after[521], before[ids].mean(0) + 1) and len(ids) > 1
     assert torch.equal(after[4], before[4] + 1) and torch.equal(after[5], before[5])
 
@@ -206,24 +213,24 @@ def test_a_token_of_the_vocabulary_is_not_new(folder):
 
 
 @pytest.mark.parametrize("indices, width, text", [
-    ((520,), 64, "--token '[new]=word'"), ((520,), 63, "expected embeddings"), ((-1,), 64, "expected embeddings"),
-    ((0.5,), 64, "expected embeddings")])
+    ((520,), 64, "--token '[new]=word'"), ((520,), 63, "expected embeddings"),
+    ((-1,), 64, "expected embeddings"), ((0.5,), 64, "expected embeddings")])
 def test_tokens_that_do_not_fit_are_refused(place, folder, indices, width, text):
     write_tokens("a.safetensors", indices, width)
-    refused(["a star", "--lora", "a.safetensors", *FEW, "--weights", folder], "a.safetensors: ", text)
+    refused(["star", "--lora", "a.safetensors", "--weights", folder], "a.safetensors: ", text)
 
 
 def test_the_record_holds_loras_and_tokens_and_latents_need_them_again(place, folder):
     write_tokens("t.safetensors")
     write("a.safetensors", random_lora(), "kohya")
     loras = ["--lora", "t.safetensors", "--lora", "a.safetensors:0.25", "--token", "[x]=red"]
-    few = ["--weights", folder, "--decoder-steps", 1]
-    prior = ["a [x] star", *loras, "--steps", 2, "--width", 64, "--height", 64, "--weights", folder]
+    prior = ["a [x] star", *loras, "--steps", 2, *SMALL, "--weights", folder]
+    decode = ["--latents", "half.safetensors", "--decoder-steps", 1, "--weights", folder]
     command(*prior, "--decoder-steps", 1, "-o", "whole.png")
     texts = Image.open("whole.png").text
     assert texts["lora"] == "[['t.safetensors', 1.0], ['a.safetensors', 0.25]]"
     assert texts["token"] == "[['[x]', 'red']]"
     command(*prior, "-o", "half.safetensors")
-    command("--latents", "half.safetensors", *loras, *few, "-o", "half.png")
+    command(*decode, *loras, "-o", "half.png")
     assert Path("half.png").read_bytes() == Path("whole.png").read_bytes()
-    refused(["--latents", "half.safetensors", *few, "-o", "c.png"], "half.safetensors", "t.safetensors")
+    refused([*decode, "-o", "c.png"], "half.safetensors", "t.safetensors")
