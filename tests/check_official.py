@@ -45,7 +45,7 @@ def check_image(options, ending):
     cascade = Cascade(options.folder, options.device, options.dtype, lite=bool(ending))
     side, steps, decoder_steps = (512, 4, 2) if options.quick else (1024, 20, 10)
     side = min(side, *cascade.size(None, None))
-    run = {"width": side, "height": side, "steps": steps, "decoder_steps": decoder_steps, "seed": SEED}
+    run = {"width": side, "height": side, "seed": SEED, "steps": steps, "decoder_steps": decoder_steps}
     pixels = cascade(PROMPT, NEGATIVE, output="pt", **run)[0]
     to_pillow(pixels.permute(1, 2, 0).cpu().numpy()).save(f"check{ending}.png")
     report = f"{side} x {side}, {steps} + {decoder_steps} steps"

@@ -192,15 +192,14 @@ def test_a_controlnet_without_its_blocks_or_with_wrong_ones_is_refused(weights, 
 @pytest.mark.parametrize("kind", CONTROLS)
 def test_another_file_in_a_controlnets_place_is_refused(weights, images, kind):
     path = weights / f"controlnet/{kind}.safetensors"
-    arguments = ["--control", kind, "--hint", "b.png", *FEW, "--weights", "weights"]
-    if kind == "inpainting":
-        arguments += ["--mask", "left.png"]
-    other = "inpainting" if kind == "canny" else "canny"
-    for source in (f"controlnet/{other}.safetensors", "previewer.safetensors", "a.png", None):
+    mask = ["--mask", "left.png"] if kind == "inpainting" else []
+    other = "controlnet/inpainting" if kind == "canny" else "controlnet/canny"
+    for source in (weights / f"{other}.safetensors", weights / "previewer.safetensors", "a.png", None):
         path.unlink(missing_ok=True)
         if source:
-            path.hardlink_to(weights / source if source.endswith("s") else source)
-        refused(arguments, f"controlnet/{kind}", "expected")
+            path.hardlink_to(source)
+        refused(["--control", kind, "--hint", "b.png", *mask, "--weights", "weights"],
+                f"controlnet/{kind}", "expected")
 
 
 def test_eight_projections_mean_the_official_blocks(tmp_path):

@@ -21,8 +21,10 @@ RUNS = {
         "prompts": "stär", "negative": "blue", "seed": "14"},
     "--variation-image a.png --variation-image a.png --compression 64": {
         "variation_image": "['a.png', 'a.png']", "compression": "64.0"},
-    "one two --variation-image a.png": {"prompts": "two", "variation_image": "['a.png']", "seed": "1"},
-    "one --init-image a.png --strength 0.6": {"prompts": "one", "init_image": "a.png", "strength": "0.6"},
+    "one two --variation-image a.png": {
+        "prompts": "two", "variation_image": "['a.png']", "seed": "1"},
+    "one --init-image a.png --strength 0.6": {
+        "prompts": "one", "init_image": "a.png", "strength": "0.6"},
     "--init-image a.png --recipe original": {
         "init_image": "a.png", "strength": "0.8", "recipe": "original", "decoder_guidance": "1.1"},
     "--init-image a.png --mask m.png --strength 1": {

@@ -109,7 +109,8 @@ def split_attention(state):
     tensors = {}
     for name, tensor in state.items():
         pieces = tensor.chunk(3) if ".in_proj_" in name else [tensor]
-        tensors |= {name.replace(".in_proj_", f".to_{part}."): piece.clone() for part, piece in zip("qkv", pieces)}
+        for part, piece in zip("qkv", pieces):
+            tensors[name.replace(".in_proj_", f".to_{part}.")] = piece.clone()
     return tensors
 
 
@@ -118,8 +119,8 @@ def to_diffusers(state):
     renamed = {}
     for name, tensor in split_attention(state).items():
         name = name.replace(".attn.out_proj.", ".to_out.0.").replace(".attn.to_", ".to_")
-        name = name.replace(".codebook.", ".embedding.").replace("clip_mapper.", "clip_txt_pooled_mapper.")
-        renamed[name] = tensor
+        name = name.replace(".codebook.", ".embedding.")
+        renamed[name.replace("clip_mapper.", "clip_txt_pooled_mapper.")] = tensor
     return renamed
 
 
