@@ -122,12 +122,6 @@ class Watch:
                 self.claims[(file, *function)] = claims
         self.calls = {function: {} for function in self.claims}
 
-    def follow(self, run, *arguments):
-        before = sys.gettrace()
-        sys.settrace(self.trace_call)
-        run(*arguments)
-        sys.settrace(before)
-
     def trace_call(self, frame, *_):
         function = frame.f_code.co_filename, frame.f_code.co_name, frame.f_code.co_firstlineno
         if function not in self.claims or frame.f_trace:
@@ -246,9 +240,11 @@ def run_pipeline(folder):
 
 @pytest.fixture(scope="module")
 def watch(tmp_path_factory):
-    watch = Watch(FILES)
-    watch.follow(run_networks)
-    watch.follow(run_pipeline, tmp_path_factory.mktemp("shapes"))
+    watch, before = Watch(FILES), sys.gettrace()
+    sys.settrace(watch.trace_call)
+    run_networks()
+    run_pipeline(tmp_path_factory.mktemp("shapes"))
+    sys.settrace(before)
     return watch
 
 
