@@ -127,8 +127,9 @@ def test_a_controlnet_runs_in_any_type(pipeline, folder, images, dtype):
 def test_outside_the_mask_the_latent_stays(pipeline, images, recipe):
     start = pipeline.encode_semantic("b.png", **SIZE)  # (1, 16, 3, 3): the mask covers its first column
     options = {"init_image": "b.png", "strength": 1.0, "steps": 4, "recipe": recipe, **SIZE}
-    seen, callback = [], lambda step, x0: seen.extend(x0)
-    ours = pipeline.prior("a star", mask="left.png", images=2, callback=callback, **options)
+    seen = []
+    ours = pipeline.prior("a star", mask="left.png", images=2,
+                          callback=lambda step, x0: seen.extend(x0), **options)
     for latent in [*ours, *seen]:
         assert relative_error(latent[..., 1:], start[0, ..., 1:]) < 1e-3
         assert relative_error(latent[..., :1], start[0, ..., :1]) > 0.1
