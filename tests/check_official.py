@@ -45,20 +45,16 @@ def check_image(options, ending):
     cascade = Cascade(options.folder, options.device, options.dtype, lite=bool(ending))
     side, steps, decoder_steps = (512, 4, 2) if options.quick else (1024, 20, 10)
     side = min(side, *cascade.size(None, None))
-    size = {"width": side, "height": side}
-    pixels = cascade(PROMPT, NEGATIVE, **size, steps=steps, decoder_steps=decoder_steps,
-                     seed=SEED, output="pt")[0]
+    run = {"width": side, "height": side, "seed": SEED, "steps": steps, "decoder_steps": decoder_steps}
+    pixels = cascade(PROMPT, NEGATIVE, output="pt", **run)[0]
     to_pillow(pixels.permute(1, 2, 0).cpu().numpy()).save(f"check{ending}.png")
     report = f"{side} x {side}, {steps} + {decoder_steps} steps"
     try:
-        from peers import combined_pipeline
+        from peers import combined_pipeline, draw
     except ImportError as error:
         return f"{report}, not compared with diffusers ({error})"
     with torch.no_grad():
-        z = combined_pipeline(cascade, with_stage_a=False)(
-            PROMPT, negative_prompt=NEGATIVE, **size, prior_num_inference_steps=steps,
-            num_inference_steps=decoder_steps, output_type="latent",
-            generator=[torch.Generator("cpu").manual_seed(SEED)]).images
+        z = draw(combined_pipeline(cascade, with_stage_a=False), [PROMPT], [NEGATIVE], output="latent", **run)
         theirs = cascade.network("stage_a").decode(z)[0].float().clamp(0, 1)
     difference = 255 * (pixels - theirs).abs().max().item()
     report += f", maximum difference from diffusers {difference:.3g} of 255"

@@ -1,8 +1,10 @@
 """What several tests and tools share: the official networks, golden files, random inputs, errors."""
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from model import (ControlNet, ControlNetConfig, Previewer, PreviewerConfig, SemanticEncoder, SemanticEncoderConfig, StageA,
@@ -54,29 +56,45 @@ RUNS = {"stage_c": lambda network, **inputs: {"epsilon": network(**inputs)},
     "previewer": lambda network, latent: {"picture": network(latent)}}
 
 
+def split(tensors, *prefixes):
+    """For each prefix the tensors whose names begin with it, named without it."""
+    return [{name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
+            for prefix in prefixes]
+
+
 def golden(name):
     """The inputs and outputs, by name, in a golden file, and the sum of the peer's weights."""
     tensors = load_file(TESTS / "golden" / f"{name}.safetensors")
-    inputs, outputs = (
-        {key.removeprefix(side): tensor for key, tensor in tensors.items() if key.startswith(side)}
-        for side in ("in.", "out."))
-    return inputs, outputs, tensors.get("weights")
+    return *split(tensors, "in.", "out."), tensors.get("weights")
 
 
 def original(name, folder):
     """Numbers of the original code (tests/README.md): the path of a file with the network's weights, the inputs, and the
     outputs."""
-    path = TESTS / "original" / f"{name}.safetensors"
-    tensors = load_file(path)
-    inputs, outputs, weights = (
-        {key.removeprefix(side): tensor for key, tensor in tensors.items() if key.startswith(side)}
-        for side in ("in.", "out.", "weights."))
-    file = Path(folder) / f"{name}.safetensors"
-    save_file(weights, file, Weights(path).metadata)
+    source, file = TESTS / "original" / f"{name}.safetensors", Path(folder) / f"{name}.safetensors"
+    inputs, outputs, weights = split(load_file(source), "in.", "out.", "weights.")
+    save_file(weights, file, Weights(source).metadata)
     return file, inputs, outputs
 
 
+def original_stage_c(folder):
+    """The same of Stage C alone: the path, the inputs, and eps."""
+    file, inputs, outputs = original("stage_c", folder)
+    names = "x", "r", "clip_text_pooled", "clip_text", "clip_img"
+    return file, {name: inputs[name] for name in names}, outputs["eps"]
+
+
 # ------------------------------------------------------------------------------ inputs and errors
+
+# The shortest run of a Cascade.
+SHORT = {"steps": 1, "decoder_steps": 1, "width": 64, "height": 64, "output": "pt"}
+
+
+def random_image(width, height):
+    """A PIL image, the same for the same size."""
+    values = np.random.default_rng([width, height]).integers(0, 256, (height, width, 3), np.uint8)
+    return Image.fromarray(values)
+
 
 def noise(*shape, seed=None):
     """Gaussian noise, the same for the same shape."""
@@ -116,4 +134,5 @@ def assert_same(ours, theirs, tolerance=1e-5):
 
 def slow_except(values, *fast):
     """Values of a parametrised test, which is slow but for those in `fast`."""
-    return [value if value in fast else pytest.param(value, marks=pytest.mark.slow) for value in values]
+    slow = pytest.mark.slow
+    return [value if value in fast else pytest.param(value, marks=slow) for value in values]

@@ -5,13 +5,13 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from helpers import SHORT
 from PIL import Image
 
 import cascade
 from cascade import Cascade, TextEmbeddings
 from model import CascadeError
 
-FEW = {"steps": 1, "decoder_steps": 1, "width": 64, "height": 64, "output": "pt"}
 IMAGE = Image.new("RGB", (64, 64), "red")
 NAN = float("nan")
 HIDDEN, POOLED = torch.zeros(2, 77, 64), torch.zeros(2, 1, 64)
@@ -26,7 +26,8 @@ WRONG = {
     "width": [True, 100.5, "128", 0, 63, 8193, NAN, []], "images": [0, 1001, True, None, 2.0, "2"],
     "height": [0, -128, 10 ** 9, "", torch.tensor(64)], "decoder_steps": [None, 0, NAN, "x"],
     "seed": [-1, 2 ** 32, 1.0, None, "3", True, torch.tensor(3), np.int32(-1)],
-    "steps": [None, 0, 2.0, "2", True, 1001, [], [1.0], [0.5, 0.5], [0.2, 0.5], [2, 0], [1, -1], [NAN, 0], [1, "0"]],
+    "steps": [None, 0, 2.0, "2", True, 1001,
+              [], [1.0], [0.5, 0.5], [0.2, 0.5], [2, 0], [1, -1], [NAN, 0], [1, "0"]],
     "compression": [None, 3, 129, "64", NAN, True], "decoder_guidance": ["4", NAN, -1, [], False],
     "guidance": ["4", None, NAN, float("inf"), -1, 100.1, True, 1j], "colour": ["red"],
     "recipe": ["soup", None, [], {}, 3, True], "output": ["jpeg", None, [], 3],
@@ -42,21 +43,23 @@ SETUP = {
     "lite": ["both", 1, None, [], {}], "decoder_dtype": ["fp8", torch.int8, "", False],
     "dtype": ["fp8", None, torch.int8, torch.float64, 3, [], "float16"], "colour": ["red"],
     "device": ["toaster", "cuda:99", "meta", "", None, []],
-    "folder": [None, 3, "", "nowhere", [], "\ud800", "a\0b"]}
+    "folder": [None, 3, "", "nowhere", [], "\ud800", "a\0b"],
+    "loras": [None, "a", [3], [("a",)], [("a", "b")], [("a", True)], [(None, 1.0)]],
+    "tokens": [3, ["[x]"], {"[x]": 3}, {"": "dog"}, {"[x]": " "}, {"\ud800": "dog"}]}
+SAID = {"prompts": "", "variation_images": "", "init_image": "", "loras": "lora"}  # else the argument's name
 
 
 def check_refused(function, name, value, **others):
     with pytest.raises(TypeError if name == "colour" else CascadeError) as error:
         function(**others | {name: value})
     message = str(error.value)
-    assert len(message.splitlines()) == 1, message
-    assert name in message or name in ("prompts", "variation_images", "init_image"), message
+    assert len(message.splitlines()) == 1 and SAID.get(name, name) in message, message
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_argument_is_refused_before_any_work(pipeline, monkeypatch, name):
     monkeypatch.setattr(cascade, "sample", None)
-    others = FEW | {"init_image": IMAGE} if name == "strength" else FEW
+    others = SHORT | {"init_image": IMAGE} if name == "strength" else SHORT
     for value in WRONG[name]:
         check_refused(pipeline, name, value, **others)
 
@@ -99,8 +102,8 @@ def test_wrong_latents_and_what_does_not_fit_them_is_refused(pipeline, arguments
 def test_the_seeds_of_all_images_are_checked_before_any_work(pipeline):
     for seed in (2 ** 32 - 3, np.uint32(2 ** 32 - 3)):
         with pytest.raises(CascadeError, match="seed"):
-            pipeline(["a", "b"], images=2, seed=seed, **FEW)
-    assert pipeline(["a", "b", "c"], seed=2 ** 32 - 3, **FEW).isfinite().all()
+            pipeline(["a", "b"], images=2, seed=seed, **SHORT)
+    assert pipeline(["a", "b", "c"], seed=2 ** 32 - 3, **SHORT).isfinite().all()
 
 
 # ------------------------------------------------------------------------------ what works
@@ -113,7 +116,7 @@ def test_latents_and_kept_networks_can_be_edited_and_trained(folder):
     assert all(parameter.grad is not None for parameter in unet.clf.parameters())
 
 
-WITH_IMAGES = FEW | {"init_image": IMAGE, "variation_images": IMAGE, "steps": 2, "recipe": "lcm"}
+WITH_IMAGES = SHORT | {"init_image": IMAGE, "variation_images": IMAGE, "steps": 2, "recipe": "lcm"}
 
 
 def test_networks_can_be_pickled_and_copied(pipeline):
@@ -124,8 +127,8 @@ def test_networks_can_be_pickled_and_copied(pipeline):
 
 def test_numbers_of_numpy_are_numbers(pipeline):
     numbers = {"seed": np.int64(3), "guidance": np.float32(4), "steps": np.int16(1)}
-    image = pipeline("a star", **FEW | numbers)
-    assert torch.equal(image, pipeline("a star", seed=3, **FEW))
+    image = pipeline("a star", **SHORT | numbers)
+    assert torch.equal(image, pipeline("a star", seed=3, **SHORT))
 
 
 def test_the_default_dtype_changes_nothing(folder):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from commands import command
+from helpers import random_image
 from PIL import Image, ImageSequence
 
 from cascade import load_image
@@ -14,11 +15,6 @@ from model import CascadeError
 ORIENTATION = 0x0112
 LOSSLESS = ["PNG", "BMP", "TIFF"]
 FORMATS = [*LOSSLESS, "GIF", "JPEG", "WEBP"]
-
-
-def noise(width, height):
-    values = np.random.default_rng(width).integers(0, 256, (height, width, 3), np.uint8)
-    return Image.fromarray(values)
 
 
 def saved(format, image, **options):
@@ -31,15 +27,16 @@ def saved(format, image, **options):
 # ------------------------------------------------------------------------------ opening
 def test_a_format_is_recognised_by_its_bytes(tmp_path):
     for format in FORMATS:
-        (tmp_path / "a.dat").write_bytes(saved(format, noise(40, 30)))
+        (tmp_path / "a.dat").write_bytes(saved(format, random_image(40, 30)))
         opened = load_image(tmp_path / "a.dat")
         assert opened.size == (40, 30)
-        assert format not in LOSSLESS or np.array_equal(opened, noise(40, 30)), format
+        assert format not in LOSSLESS or np.array_equal(opened, random_image(40, 30)), format
 
 
 def test_other_colour_spaces_become_rgb():
     for mode in ("L", "1", "P", "CMYK", "YCbCr", "PA", "HSV"):
-        opened = load_image(noise(20, 10).convert("P" if mode == "PA" else mode).convert(mode))
+        image = random_image(20, 10).convert("P" if mode == "PA" else mode)
+        opened = load_image(image.convert(mode))
         assert opened.mode == "RGB" and opened.size == (20, 10), mode
 
 
@@ -47,8 +44,8 @@ def test_an_image_is_turned_upright(tmp_path):
     for orientation, turns in ((1, 0), (3, 2), (6, 3), (8, 1), (9, 0)):
         exif = Image.Exif()
         exif[ORIENTATION] = orientation
-        noise(40, 30).save(tmp_path / "a.png", exif=exif)
-        assert np.array_equal(load_image(tmp_path / "a.png"), np.rot90(noise(40, 30), turns))
+        random_image(40, 30).save(tmp_path / "a.png", exif=exif)
+        assert np.array_equal(load_image(tmp_path / "a.png"), np.rot90(random_image(40, 30), turns))
 
 
 def test_transparent_pixels_become_white(tmp_path):
@@ -57,7 +54,7 @@ def test_transparent_pixels_become_white(tmp_path):
     for image in (Image.fromarray(values), Image.fromarray(values[..., [0, 3]], "LA")):
         opened = np.asarray(load_image(image))
         assert (opened[:2] == 0).all() and (opened[2:] == 255).all()
-    noise(8, 8).convert("P").save(tmp_path / "a.png", transparency=bytes(256))
+    random_image(8, 8).convert("P").save(tmp_path / "a.png", transparency=bytes(256))
     assert (np.asarray(load_image(tmp_path / "a.png")) == 255).all()
 
 
@@ -70,9 +67,10 @@ def test_sixteen_bits_become_eight_and_keep_their_transparency(tmp_path):
         assert np.abs(opened - (expected / 257)[..., None]).max() <= 1
 
 
-BAD = {"text": b"this is not an image", "empty": b"", "cut": saved("PNG", noise(120, 100))[:5000],
-    "huge": saved("PNG", Image.new("1", (2000, 2000))), "thin": saved("PNG", noise(2000, 10)),
-    "EPS": saved("EPS", noise(20, 20)), "PPM": saved("PPM", noise(20, 20)),
+BAD = {
+    "text": b"this is not an image", "empty": b"", "cut": saved("PNG", random_image(120, 100))[:5000],
+    "huge": saved("PNG", Image.new("1", (2000, 2000))), "thin": saved("PNG", random_image(2000, 10)),
+    "EPS": saved("EPS", random_image(20, 20)), "PPM": saved("PPM", random_image(20, 20)),
     "AVIF": b"\0\0\0\x1cftypavif\0\0\0\0avifmif1", "DDS": b"DDS |\0\0\0" + bytes(200),
     "EMF": b"\1\0\0\0" + bytes(36) + b" EMF" + bytes(200),
     "float TIFF": saved("TIFF", Image.fromarray(np.ones((8, 8), np.float32))),
@@ -92,7 +90,7 @@ def test_a_bad_image_is_refused_in_one_line(tmp_path, monkeypatch, name):
 def test_a_damaged_image_is_refused_or_opened(tmp_path, format):
     rng = np.random.default_rng(0)
     for _ in range(20):
-        data = np.frombuffer(saved(format, noise(20, 15)), np.uint8).copy()
+        data = np.frombuffer(saved(format, random_image(20, 15)), np.uint8).copy()
         data[rng.integers(0, min(len(data), 200), 4)] = rng.integers(0, 256, 4)
         (tmp_path / "a.png").write_bytes(data[:rng.integers(1, 2 * len(data))].tobytes())
         try:
@@ -105,16 +103,17 @@ def test_what_is_no_image_file_is_refused(tmp_path):
     os.mkfifo(tmp_path / "fifo.png")  # to open it would wait for ever
     os.symlink("loop.png", tmp_path / "loop.png")
     files = ["nowhere.png", "", "a\0.png", "\ud800.png", "a" * 300, "fifo.png", "loop.png"]
-    for source in [*(tmp_path / name for name in files), None, 3, b"a.png", torch.zeros(3, 4, 4)]:
+    for source in (*(tmp_path / name for name in files), None, 3, b"a.png", torch.zeros(3, 4, 4)):
         with pytest.raises(CascadeError):
             load_image(source)
 
 
 # ------------------------------------------------------------------------------ image inputs
 def test_reference_images_change_the_latents_in_whatever_form_and_order(pipeline, place):
-    other, embedding = noise(64, 200), pipeline.encode_image("a.png")
+    image, other = load_image("a.png"), random_image(64, 200)
+    embedding = pipeline.encode_image("a.png")
     assert embedding.shape == (1, 24)
-    forms = [None, "a.png", place / "a.png", [load_image("a.png")], embedding,
+    forms = [None, "a.png", place / "a.png", image, [image], embedding, embedding.double(),
              ["a.png", other], [other, "a.png"]]
     none, one, *same_as_one, two, swapped = (
         pipeline.prior("a star", steps=2, variation_images=images) for images in forms)
@@ -124,13 +123,13 @@ def test_reference_images_change_the_latents_in_whatever_form_and_order(pipeline
 
 
 def test_an_initial_image_is_encoded_as_the_network_does_it(pipeline):
-    assert pipeline.encode_semantic(noise(120, 100), width=200, height=90).shape == (1, 16, 3, 5)
-    pixels = torch.from_numpy(np.array(noise(96, 96))).permute(2, 0, 1)[None] / 255  # 32 * 3 a side
-    latent = pipeline.encode_semantic(noise(96, 96), width=96, height=96)
+    image, size = random_image(96, 96), {"width": 96, "height": 96}
+    assert pipeline.encode_semantic(image, width=200, height=90).shape == (1, 16, 3, 5)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255  # 32 * 3 a side
+    latent = pipeline.encode_semantic(image, **size)
     assert torch.allclose(latent, pipeline.network("effnet_encoder")(pixels), atol=1e-5)
-    from_image, from_latent = (
-        pipeline.prior(init_image=start, width=96, height=96) for start in (noise(96, 96), latent))
-    assert torch.equal(from_image, from_latent)
+    from_latent = pipeline.prior(init_image=latent, **size)
+    assert torch.equal(from_latent, pipeline.prior(init_image=image, **size))
 
 
 def test_recipes_reach_both_stages(pipeline):
@@ -141,9 +140,9 @@ def test_recipes_reach_both_stages(pipeline):
     for recipe in ("original", "lcm"):
         assert (pipeline.prior("a star", steps=3, recipe=recipe) - latents).abs().max() > 1e-3
         assert (decode(recipe=recipe, guidance=0.0) - decode()).abs().max() > 1e-3
-    unguided, default, guided = (
-        decode(recipe="original", guidance=scale) for scale in (0.0, None, 1.1))
-    assert torch.equal(default, guided) and not torch.allclose(unguided, guided, atol=1e-4)
+    default = decode(recipe="original")
+    assert torch.equal(default, decode(recipe="original", guidance=1.1))
+    assert not torch.allclose(default, decode(recipe="original", guidance=0.0), atol=1e-4)
 
 
 # ------------------------------------------------------------------------------ the command
@@ -166,15 +165,16 @@ def test_the_command_saves_a_preview_of_every_step(place, folder):
 
 @pytest.mark.parametrize("ending", ["gif", "webp"])
 def test_an_animation_has_a_frame_for_every_step_of_both_stages(place, folder, ending):
-    options = ["--steps", 3, "--decoder-steps", 2, "--images", 2, "--width", 64, "--weights", folder]
+    few = ["--steps", 3, "--decoder-steps", 2, "--images", 2, "--width", 64, "--weights", folder]
     prompt = "a star\n" + "x" * 1000
-    command(prompt, *options, "-o", "b.png")
-    command(prompt, *options, "-o", "c.png", "--animate", f"a.{ending}")
+    command(prompt, *few, "-o", "b.png")
+    command(prompt, *few, "-o", "c.png", "--animate", f"a.{ending}")
     for i in range(2):                                  # watching changes nothing
         assert (place / f"b-{i}.png").read_bytes() == (place / f"c-{i}.png").read_bytes()
     with Image.open(f"a.{ending}") as animation:
         assert animation.n_frames in (4, 5) and animation.size == (2 * 128 + 8, 256 + 32)  # WebP drops equal frames
-        frames = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(animation)]
-    halves = [(frame[:256, :128], frame[:256, -128:]) for frame in frames]
-    changes = [[abs(a.astype(int) - b).mean() > 1 for a, b in zip(*pair)] for pair in zip(halves, halves[1:])]
-    assert changes[0] == [True, False] and changes[-1] == [False, True]
+        frames = [np.array(frame.convert("RGB"), int) for frame in ImageSequence.Iterator(animation)]
+    halves = np.array([(frame[:256, :128], frame[:256, -128:]) for frame in frames])
+    changes = abs(np.diff(halves, axis=0)).mean((2, 3, 4)) > 1      # from each frame to the next: left, right
+    left, right = changes.T
+    assert left[0] and not right[0] and right[-1] and not left[-1]

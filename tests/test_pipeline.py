@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from commands import count_networks
+from helpers import SHORT
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import save, write_diffusers_folder, write_folder
@@ -14,14 +15,13 @@ import model
 from cascade import Cascade
 
 FEW = {"steps": 3, "decoder_steps": 2}
-TINY = {"steps": 1, "decoder_steps": 1, "width": 64, "height": 64, "output": "pt"}
 START = {"init_image": Image.new("RGB", (64, 64), "red"), "strength": 0.7}
 
 
 # ------------------------------------------------------------------------------ the same image
 def test_a_batch_gives_what_single_runs_give(pipeline):
     prompts, negative = ["a red circle", "two stars"], ["blue", ""]
-    options = TINY | {"decoder_guidance": 1.5, "steps": 2, "output": "np"}
+    options = SHORT | {"decoder_guidance": 1.5, "steps": 2, "output": "np"}
     batch = pipeline(prompts, negative, images=2, seed=5, **options)
     for i in range(4):
         single = pipeline(prompts[i // 2], negative[i // 2], seed=5 + i, **options)
@@ -51,9 +51,9 @@ def test_prompt_negative_prompt_seed_and_guidance_all_matter(pipeline):
 # ------------------------------------------------------------------------------ sizes and outputs
 @pytest.mark.parametrize("width, height", [(65, 129), (100, 77), (171, 256), (200, 64), (67, 311)])
 def test_every_output_shows_the_same_image_of_exactly_the_requested_size(pipeline, width, height):
-    options = {"width": width, "height": height, "steps": 1, "decoder_steps": 1}
+    options = SHORT | {"width": width, "height": height}
     (pil,), array, pixels, latents = (
-        pipeline("a star", output=output, **options) for output in ("pil", "np", "pt", "latent"))
+        pipeline("a star", **options | {"output": output}) for output in ("pil", "np", "pt", "latent"))
     assert array.shape == (1, height, width, 3) and array.dtype == np.float32
     assert array.min() >= 0 and array.max() <= 1
     assert np.array_equal(array, pixels.permute(0, 2, 3, 1)) and pixels.dtype == torch.float32
@@ -80,32 +80,26 @@ def test_the_compression_decides_the_size_of_the_semantic_latent(pipeline):
         pipeline.decode(latents, width=128, height=64)
 
 
-@pytest.mark.parametrize("start", [{}, {"init_image": START["init_image"], "strength": 0.5}], ids=["noise", "image"])
+@pytest.mark.parametrize("start", [{}, START | {"strength": 0.5}], ids=["noise", "image"])
 def test_a_list_of_times_replaces_the_number_of_steps(pipeline, start):
     options = {"seed": 3, "output": "pt", **start}
     first = 0.5 if start else 1.0
     times = {"steps": [first, first / 2, 0.0], "decoder_steps": [1.0, 0.5, 0.0]}
+    other = times | {"steps": [first, 0.1, 0.0]}
     number = pipeline("a star", steps=4 if start else 2, decoder_steps=2, **options)
     assert torch.equal(number, pipeline("a star", **times, **options))
-    assert not torch.equal(number, pipeline("a star", **times | {"steps": [first, 0.1, 0.0]}, **options))
-
-
-def test_one_reference_image_needs_no_list(pipeline):
-    image = START["init_image"]
-    embeddings = pipeline.encode_image(image).double()  # cast to the network's type
-    for one in (image, [image], embeddings):
-        assert torch.equal(pipeline("a star", variation_images=one, **TINY), pipeline("a star", variation_images=[image], **TINY))
+    assert not torch.equal(number, pipeline("a star", **other, **options))
 
 
 # ------------------------------------------------------------------------------ memory
 def test_one_network_is_in_memory_at_a_time_unless_all_are_kept(folder, monkeypatch):
     counts = count_networks(monkeypatch)
-    released = Cascade(folder)("a star", **TINY)
+    released = Cascade(folder)("a star", **SHORT)
     assert counts == [1, 1, 1, 1]
     counts.clear()
     keeping = Cascade(folder, keep=True)
-    assert torch.equal(keeping("a star", **TINY), released)
-    assert torch.equal(keeping("a star", **TINY), released) and counts == [1, 2, 3, 4]
+    assert torch.equal(keeping("a star", **SHORT), released)
+    assert torch.equal(keeping("a star", **SHORT), released) and counts == [1, 2, 3, 4]
 
 
 # ------------------------------------------------------------------------------ types
@@ -115,9 +109,9 @@ def test_any_stored_type_runs_in_any_type(tmp_path, stored):
     loaded = model.load(folder / "stage_b.safetensors")
     assert {(each.dtype, each.requires_grad) for each in loaded.parameters()} == {(stored, False)}
     assert not loaded.training
-    exact = Cascade(folder)("a star", **TINY)
+    exact = Cascade(folder)("a star", **SHORT)
     for dtype, decoder_dtype in (("bf16", None), (torch.float16, None), (torch.bfloat16, "fp16")):
-        image = Cascade(folder, dtype=dtype, decoder_dtype=decoder_dtype)("a star", **TINY)
+        image = Cascade(folder, dtype=dtype, decoder_dtype=decoder_dtype)("a star", **SHORT)
         assert image.dtype == torch.float32 and (image - exact).abs().mean() < 0.05
 
 
@@ -131,28 +125,30 @@ def test_stage_b_and_a_may_have_a_type_of_their_own(folder):
 # ------------------------------------------------------------------------------ folders
 def test_original_diffusers_and_mixed_folders_give_the_same_image(folder, tmp_path):
     diffusers = write_diffusers_folder(tmp_path / "diffusers", folder)
-    mixed = shutil.copytree(diffusers, tmp_path / "mixed")
-    shutil.rmtree(mixed / "prior")
+    mixed = shutil.copytree(diffusers, tmp_path / "mixed", ignore=shutil.ignore_patterns("prior"))
     shutil.copy(folder / "stage_c.safetensors", mixed)
-    original, *others = (Cascade(each)("a star", **TINY) for each in (folder, diffusers, mixed))
+    original, *others = (Cascade(each)("a star", **SHORT) for each in (folder, diffusers, mixed))
     assert all(torch.allclose(original, image, atol=1e-5) for image in others)
 
 
+LITE = [                                                # lite, and the files of Stage C and B
+    (False, "stage_c_bf16", "decoder"), (True, "stage_c_lite", "decoder_lite"),
+    ("prior", "stage_c_lite", "decoder"), ("decoder", "stage_c_bf16", "decoder_lite")]
+ENDINGS = [("fp32", "", ""), ("bf16", "_bf16", ""), ("fp16", "", ".fp16")]  # of Stage A and B
+
+
 def test_lite_is_an_option_and_the_file_whose_precision_fits_the_type_is_used(tmp_path):
+    model = "diffusion_pytorch_model"
     files = ["stage_c_bf16", "stage_c_lite", "stage_a", "stage_a_bf16", "text_encoder/model.bf16"]
-    files += [f"{folder}/diffusion_pytorch_model{ending}" for folder, ending in (
-        ("decoder", ""), ("decoder", ".fp16"), ("decoder_lite", ".fp16"))]
-    for name in files:
+    for name in [*files, f"decoder/{model}", f"decoder/{model}.fp16", f"decoder_lite/{model}.fp16"]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / f"{name}.safetensors").touch()
-    for lite, prior, decoder in (
-            (False, "stage_c_bf16", "decoder"), (True, "stage_c_lite", "decoder_lite"),
-            ("prior", "stage_c_lite", "decoder"), ("decoder", "stage_c_bf16", "decoder_lite")):
+    for lite, prior, decoder in LITE:
         cascade = Cascade(tmp_path, lite=lite)
-        names = [cascade.file("stage_c").stem, cascade.file("stage_b").parent.name]
-        assert names == [prior, decoder] and cascade.file("stage_a").stem == "stage_a"
-        assert cascade.file("text_encoder").stem == "model.bf16"
-    for dtype, endings in (("fp32", ("", "")), ("bf16", ("_bf16", "")), ("fp16", ("", ".fp16"))):
+        names = [cascade.file(name).stem for name in ("stage_c", "stage_a", "text_encoder")]
+        assert names == [prior, "stage_a", "model.bf16"]
+        assert cascade.file("stage_b").parent.name == decoder
+    for dtype, stage_a, stage_b in ENDINGS:
         cascade = Cascade(tmp_path, dtype=dtype)
         names = [cascade.file(name).stem for name in ("stage_a", "stage_b")]
-        assert names == [f"stage_a{endings[0]}", f"diffusion_pytorch_model{endings[1]}"]
+        assert names == [f"stage_a{stage_a}", f"{model}{stage_b}"]

@@ -12,7 +12,6 @@ import itertools
 import re
 import sys
 import tokenize
-from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,8 +19,7 @@ import pytest
 import torch
 from helpers import ROOT, noise, unet_inputs
 from PIL import Image
-from tiny import (CONTROLNETS, IMAGE, PREVIEWER, STAGE_A, STAGE_B, STAGE_C, TEXT, networks, randomise,
-                  write_controlnets, write_folder)
+from tiny import CONTROLNETS, IMAGE, STAGE_A, STAGE_B, STAGE_C, TEXT, networks, randomise, write_folder
 
 import model
 from cascade import CONTROLS, Animation, Cascade, show_previews
@@ -30,7 +28,8 @@ from sampler import RECIPES
 
 FILES = [str(ROOT / f"{name}.py") for name in ("model", "sampler", "text_encoder", "cascade")]
 LETTER = "[A-Z][a-z]?"
-SHAPE = re.compile(rf"\(((?:\d+{LETTER}|\d+|\*?{LETTER}|len)(?:(?: or\b|,| [*/+-]|\()(?:[^()]|\(\w+\))*)?)\)")
+FIRST = rf"(?:\d+{LETTER}|\d+|\*?{LETTER}|len)"         # how the first size of a shape begins
+SHAPE = re.compile(rf"\(({FIRST}(?:(?: or\b|,| [*/+-]|\()(?:[^()]|\(\w+\))*)?)\)")
 KNOWN = {"D": TEXT.width, "E": IMAGE.projection, "K": STAGE_A.codes}
 
 
@@ -42,21 +41,29 @@ class Claim:
     text: str
     shapes: tuple                                       # for each shape its alternatives, which are tuples of sizes
     values: tuple                                       # expressions, or "argument", or "result"
-    lines: tuple = (0, 0)                               # of the statement
+    lines: range = range(0)                             # of the statement; a docstring has none
 
     def altered(self):
         """The same claim with one size larger by one."""
         for i, variants in enumerate(self.shapes):
-            for variant, k in ((variant, k) for variant in variants for k, size in enumerate(variant) if size[0] != "*"):
-                other = *variant[:k], f"{variant[k]} + 1", *variant[k + 1:]
-                others = tuple(other if each == variant else each for each in variants)
-                yield replace(self, shapes=(*self.shapes[:i], others, *self.shapes[i + 1:]))
+            for variant in variants:
+                for k in [k for k, size in enumerate(variant) if size[0] != "*"]:
+                    other = *variant[:k], f"{variant[k]} + 1", *variant[k + 1:]
+                    others = tuple(other if each == variant else each for each in variants)
+                    yield replace(self, shapes=(*self.shapes[:i], others, *self.shapes[i + 1:]))
 
 
 def parse(text):
     """'(2N or N, C), (B)' -> ((('2 * N', 'C'), ('N', 'C')), (('B',),))"""
-    groups = [re.sub(rf"(\d)({LETTER})", r"\1 * \2", group) for group in SHAPE.findall(text)]
-    return tuple(tuple(itertools.product(*(size.split(" or ") for size in group.split(", ")))) for group in groups)
+    shapes = []
+    for group in SHAPE.findall(text):
+        sizes = re.sub(rf"(\d)({LETTER})", r"\1 * \2", group).split(", ")
+        shapes.append(tuple(itertools.product(*(size.split(" or ") for size in sizes))))
+    return tuple(shapes)
+
+
+def lines_of(node):
+    return range(node.lineno, node.end_lineno + 1)
 
 
 def values_of(statement, line):
@@ -68,29 +75,31 @@ def values_of(statement, line):
         return ()
     target = statement.targets[0]
     if isinstance(value, ast.Dict):
-        return tuple(f"{ast.unparse(target)}[{ast.unparse(key)}]" for key, entry in zip(value.keys, value.values)
-                     if entry.lineno <= line <= entry.end_lineno)
+        keys = [key for key, entry in zip(value.keys, value.values) if line in lines_of(entry)]
+        return tuple(f"{ast.unparse(target)}[{ast.unparse(key)}]" for key in keys)
     return tuple(map(ast.unparse, getattr(target, "elts", [target])))
 
 
 def claims_of(source):
     """{(name of a function, its first line): [Claim]}"""
-    found, tokens = defaultdict(list), tokenize.generate_tokens(io.StringIO(source).readline)
+    found, tokens = {}, tokenize.generate_tokens(io.StringIO(source).readline)
     comments = {token.start[0]: token.string for token in tokens
                 if token.type == tokenize.COMMENT and SHAPE.match(token.string, len("# "))}
     functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
     for function in reversed(functions):                # the inner ones first
-        claims = found[function.name, min(node.lineno for node in [function, *function.decorator_list])]
+        claims = []
         before, _, after = (ast.get_docstring(function) or "").partition("->")
         for text, value in (before, "argument"), (after.split("\n\n")[0], "result"):
             if parse(text) and after and (value == "result" or len(parse(text)) == 1):
                 claims.append(Claim(function.lineno, text, parse(text), (value,)))
         for node in ast.walk(function):
-            if not isinstance(node, ast.stmt) or hasattr(node, "body"):
-                continue
-            for line in set(comments) & set(range(node.lineno, node.end_lineno + 1)):
-                text, lines = comments.pop(line), (node.lineno, node.end_lineno)
-                claims.append(Claim(line, text, parse(text), values_of(node, line), lines))
+            if isinstance(node, ast.stmt) and not hasattr(node, "body"):
+                for line in comments.keys() & lines_of(node):
+                    text = comments.pop(line)
+                    claims.append(Claim(line, text, parse(text), values_of(node, line), lines_of(node)))
+        if claims:
+            first_line = min(node.lineno for node in [function, *function.decorator_list])
+            found[function.name, first_line] = claims
     return found
 
 
@@ -107,15 +116,11 @@ class Watch:
     """calls: {function: its calls}; a call is (the shapes seen at each claim, the variables that its claims name)."""
 
     def __init__(self, files):
-        self.claims = {(file, *function): claims for file in files
-                       for function, claims in claims_of(Path(file).read_text("utf-8")).items() if claims}
+        self.claims = {}
+        for file in files:
+            for function, claims in claims_of(Path(file).read_text("utf-8")).items():
+                self.claims[(file, *function)] = claims
         self.calls = {function: {} for function in self.claims}
-
-    def follow(self, run, *arguments):
-        before = sys.gettrace()
-        sys.settrace(self.trace_call)
-        run(*arguments)
-        sys.settrace(before)
 
     def trace_call(self, frame, *_):
         function = frame.f_code.co_filename, frame.f_code.co_name, frame.f_code.co_firstlineno
@@ -130,18 +135,20 @@ class Watch:
         def trace_line(frame, event, result):
             nonlocal pending
             line, ends = frame.f_lineno, event == "return"
-            now = [i for i, claim in claims.items() if claim.lines[0] <= line <= claim.lines[1]]
+            now = [i for i, claim in claims.items() if line in claim.lines]
             if not ends and (event != "line" or set(now) & set(pending)):
                 return trace_line
             if ends and shapes_of(result):
-                pending += [i for i, claim in claims.items() if (claim.values, claim.lines) == (("result",), (0, 0))]
+                pending += [i for i, claim in claims.items() if claim.values == ("result",) and not claim.lines]
             variables = {**frame.f_locals, "result": result}
             for i in pending:
-                seen.append((i, shapes_of([eval(value, frame.f_globals, variables) for value in claims[i].values])))
+                values = [eval(value, frame.f_globals, variables) for value in claims[i].values]
+                seen.append((i, shapes_of(values)))
             pending = now
             if ends:
-                numbers = {name: range(len(value)) if isinstance(value, list) else value for name, value
-                           in variables.items() if name in words and isinstance(value, (int, tuple, list))}
+                numbers = {name: variables[name] for name in words & variables.keys()
+                           if isinstance(variables[name], (int, tuple, list))}
+                numbers |= {name: range(len(value)) for name, value in numbers.items() if isinstance(value, list)}
                 self.calls[function][str((seen, numbers))] = [*seen], numbers
             return trace_line
 
@@ -166,21 +173,21 @@ def bind(rows, letters):
 def complaints(claims, calls):
     """What is wrong with the claims of one function."""
     wrong = {i: "it has no value" for i, claim in enumerate(claims) if not claim.values}
-    unseen = {(i, variant) for i, claim in enumerate(claims) for variants in claim.shapes for variant in variants}
+    unseen = {(i, variant) for i, claim in enumerate(claims) for variant in sum(claim.shapes, ())}
     for seen, variables in calls.values():
         rows, letters = [], KNOWN | variables
         for i, found in seen:
             each = len(found) if claims[i].text.endswith("each") else 1
             if len(claims[i].shapes) * each != len(found):
                 wrong[i] = f"got {found}"
-            rows += [(i, variants, numbers) for variants, numbers in zip(claims[i].shapes * each, found)]
+            rows += [(i, variants, sizes) for variants, sizes in zip(claims[i].shapes * each, found)]
         bind(rows, letters)
-        for i, variants, numbers in rows:
+        for i, variants, sizes in rows:
             try:
-                true = {(i, variant) for variant in variants if eval(f"({','.join(variant)},)", {}, letters) == numbers}
-                unseen -= true
+                true = [variant for variant in variants if eval(f"({','.join(variant)},)", {}, letters) == sizes]
+                unseen -= {(i, variant) for variant in true}
                 if not true:
-                    wrong[i] = f"got {numbers} with {letters}"
+                    wrong[i] = f"got {sizes} with {letters}"
             except (NameError, SyntaxError, TypeError) as error:
                 wrong[i] = f"cannot be read: {error}"
     wrong |= {i: "it was never seen" for i, _ in unseen if i not in wrong}
@@ -196,7 +203,8 @@ def run_networks():
     for config, name in (STAGE_C, "stage_c"), (STAGE_B, "stage_b"):
         inputs = unet_inputs(config, rows=3, height=5, width=7, tokens=11)
         tiny[name](**inputs)
-        tiny[name](inputs["x"], inputs["r"], inputs["clip_text_pooled"][:, 0], inputs.get("clip_text"), sca=inputs["r"])
+        x, r, pooled, text = (inputs.get(name) for name in ("x", "r", "clip_text_pooled", "clip_text"))
+        tiny[name](x, r, pooled[:, 0], text, sca=r)
     tiny["stage_a"].encode(noise(3, 3, 20, 28))
     tiny["stage_a"].decode(noise(3, 4, 5, 7))
     tiny["stage_a"].quantise(noise(3, 4, 5, 7))
@@ -205,33 +213,38 @@ def run_networks():
         hint = noise(3, channels, 5 * side, 7 * side)
         maps = randomise(ControlNet(CONTROLNETS[kind]), 0)(hint)
         tiny["stage_c"](**unet_inputs(STAGE_C, rows=3, height=4, width=6), control=maps)
-    tiny["previewer"](noise(3, PREVIEWER.latent_channels, 5, 7))
+    tiny["previewer"](noise(3, 16, 5, 7))
     tiny["text_encoder"](torch.randint(0, 519, (3, 11)), torch.ones(3, 11))
     tiny["image_encoder"](noise(3, 3, IMAGE.side, IMAGE.side))
 
 
 def run_pipeline(folder):
     cascade = Cascade(write_folder(folder / "weights"), keep=True)
-    image, size, prompts = Image.effect_noise((70, 90), 50), {"width": 100, "height": 150}, ["a red circle", "a star", "two"]
+    image, prompts = Image.effect_noise((70, 90), 50), ["a red circle", "a star", "two"]
+    size, few = {"width": 100, "height": 150}, {"steps": 2, "decoder_steps": 1, "images": 2}
     animation = Animation(cascade, "a red circle", **size)
+    callback = show_previews(cascade, folder, animation)
     for recipe, output in zip(RECIPES, ("pil", "np", "pt")):
-        cascade(prompts, "blue", steps=2, decoder_steps=1, images=2, recipe=recipe, output=output, guidance=2.0,
-                variation_images=[image] * 4, callback=show_previews(cascade, folder, animation), **size)
-    text, latent = cascade.encode_prompt(prompts, ["blue", "", "red"]), cascade.encode_semantic(image, **size)
+        cascade(prompts, "blue", recipe=recipe, output=output, variation_images=[image] * 4,
+                callback=callback, **few, **size)
+    text = cascade.encode_prompt(prompts, ["blue", "", "red"])
+    latent = cascade.encode_semantic(image, **size)
     for init_image in (latent, latent.expand(6, -1, -1, -1)):
         latents = cascade.prior(text, steps=2, images=2, init_image=init_image, **size)
-    cascade.decode(latents, text, steps=1, output="latent", callback=animation.add_image_latents, **size)
-    write_controlnets(folder / "weights")
-    mask = Image.new("L", image.size, "white")
+    cascade.decode(
+        latents, text, steps=1, output="latent", callback=animation.add_image_latents, **size)
+    masked = {"init_image": image, "mask": Image.new("L", image.size, "white"), "strength": 1.0}
     for control in CONTROLS:
-        cascade.prior(text, steps=1, control=control, hint=image, init_image=image, mask=mask, strength=1.0, **size)
+        cascade.prior(text, steps=1, control=control, hint=image, **masked, **size)
 
 
 @pytest.fixture(scope="module")
 def watch(tmp_path_factory):
-    watch = Watch(FILES)
-    watch.follow(run_networks)
-    watch.follow(run_pipeline, tmp_path_factory.mktemp("shapes"))
+    watch, before = Watch(FILES), sys.gettrace()
+    sys.settrace(watch.trace_call)
+    run_networks()
+    run_pipeline(tmp_path_factory.mktemp("shapes"))
+    sys.settrace(before)
     return watch
 
 
@@ -247,7 +260,7 @@ def test_every_altered_size_and_every_claim_that_is_not_reached_is_rejected(watc
         for i, claim in enumerate(claims):
             for other in claim.altered():
                 altered = [*claims[:i], other, *claims[i + 1:]]
-                assert complaints(altered, watch.calls[function]), f"{claim} could say {other.shapes}"
+                assert complaints(altered, watch.calls[function]), (claim, other.shapes)
 
 
 def test_every_letter_is_in_the_legend(watch):

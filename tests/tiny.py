@@ -98,27 +98,29 @@ def write_folder(folder, seed=0, dtype=torch.float32):
     for name, network in networks(seed).items():
         metadata = {"width": "128", "height": "128"} if name == "stage_c" else None
         save(network.state_dict(), folder / file_name(name), dtype, metadata)
+    for kind, config in CONTROLNETS.items():
+        network, metadata = randomise(ControlNet(config), 0), {"blocks": json.dumps(config.blocks)}
+        save(network.state_dict(), folder / file_name(f"controlnet/{kind}"), dtype, metadata)
     return folder
 
 
-def write_controlnets(folder, seed=0):
-    for kind, config in CONTROLNETS.items():
-        network = randomise(ControlNet(config), seed)
-        metadata = {"blocks": json.dumps(config.blocks)}
-        save(network.state_dict(), Path(folder) / f"controlnet/{kind}.safetensors", metadata=metadata)
+def split_attention(state):
+    """Query, key and value apart, as diffusers and ComfyUI save them."""
+    tensors = {}
+    for name, tensor in state.items():
+        pieces = tensor.chunk(3) if ".in_proj_" in name else [tensor]
+        for part, piece in zip("qkv", pieces):
+            tensors[name.replace(".in_proj_", f".to_{part}.")] = piece.clone()
+    return tensors
 
 
 def to_diffusers(state):
     """The tensors of an original UNet or Stage A file, named and split as in diffusers' files."""
     renamed = {}
-    for name, tensor in state.items():
-        name = name.replace(".attn.out_proj.", ".to_out.0.").replace(".codebook.", ".embedding.")
-        name = name.replace("clip_mapper.", "clip_txt_pooled_mapper.")
-        if ".attn.in_proj_" in name:
-            for part, piece in zip("qkv", tensor.chunk(3)):
-                renamed[name.replace(".attn.in_proj_", f".to_{part}.")] = piece.clone()
-        else:
-            renamed[name] = tensor
+    for name, tensor in split_attention(state).items():
+        name = name.replace(".attn.out_proj.", ".to_out.0.").replace(".attn.to_", ".to_")
+        name = name.replace(".codebook.", ".embedding.")
+        renamed[name.replace("clip_mapper.", "clip_txt_pooled_mapper.")] = tensor
     return renamed
 
 

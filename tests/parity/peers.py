@@ -7,6 +7,7 @@ from tiny import to_diffusers
 from transformers import (CLIPImageProcessorPil, CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer,
                           CLIPVisionConfig, CLIPVisionModelWithProjection)
 
+from sampler import generators
 from text_encoder import CLIP_MEAN, CLIP_STD
 
 BLOCKS = {"R": "SDCascadeResBlock", "T": "SDCascadeTimestepBlock", "A": "SDCascadeAttnBlock"}
@@ -15,13 +16,17 @@ BLOCKS = {"R": "SDCascadeResBlock", "T": "SDCascadeTimestepBlock", "A": "SDCasca
 def diffusers_unet(unet):
     config = unet.config
     groups = [level[:3] if "A" in level else level[:2] for level in config.down]
+
+    def counts(levels, groups):
+        return [len(level) // len(group) for level, group in zip(levels, groups)]
+
     peer = StableCascadeUNet(
         in_channels=config.latent_channels, out_channels=config.latent_channels, patch_size=config.patch_size,
         conditioning_dim=config.c_cond, clip_image_in_channels=config.image_dim or None,
         block_out_channels=config.widths, dropout=0.0, clip_text_pooled_in_channels=config.text_dim,
         num_attention_heads=[width // 64 for width in config.widths],
-        down_num_layers_per_block=[len(level) // len(group) for level, group in zip(config.down, groups)],
-        up_num_layers_per_block=[len(level) // len(group) for level, group in zip(config.up, groups[::-1])],
+        down_num_layers_per_block=counts(config.down, groups),
+        up_num_layers_per_block=counts(config.up, reversed(groups)),
         down_blocks_repeat_mappers=config.down_repeat, up_blocks_repeat_mappers=config.up_repeat,
         block_types_per_layer=[[BLOCKS[letter] for letter in group] for group in groups],
         timestep_conditioning_type=config.time_conditions,
@@ -52,7 +57,8 @@ def transformers_peer(network, config_class, peer_class, **settings):
     if not any(name.startswith("text_model.") for name in theirs):  # newer versions drop this level of the name
         ours = {name.removeprefix("text_model."): tensor for name, tensor in ours.items()}
     found = peer.load_state_dict(ours, strict=False)
-    assert not found.unexpected_keys and all("position_ids" in name for name in found.missing_keys), found
+    assert not found.unexpected_keys, found
+    assert all("position_ids" in name for name in found.missing_keys), found
     return peer.eval()
 
 
@@ -74,7 +80,8 @@ def normalised(pixels):
 
 
 def image_processor(side):
-    return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    crop = {"height": side, "width": side}
+    return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size=crop)
 
 
 def last_hidden(peer, ids, mask):
@@ -101,6 +108,16 @@ def combined_pipeline(cascade, with_stage_a=True):
         prior, text, tokenizer, DDPMWuerstchenScheduler())
     pipeline.to(cascade.device).set_progress_bar_config(disable=True)
     return pipeline
+
+
+def draw(pipeline, prompts, negative, *, steps, decoder_steps, guidance=4.0, decoder_guidance=0.0, images=1,
+         seed=0, output="np", **size):
+    """What diffusers' pipeline draws for the arguments of a Cascade."""
+    return pipeline(
+        prompts, negative_prompt=negative, num_images_per_prompt=images, output_type=output,
+        prior_num_inference_steps=steps, prior_guidance_scale=guidance,
+        num_inference_steps=decoder_steps, decoder_guidance_scale=decoder_guidance,
+        generator=generators(seed, images * len(prompts)), **size).images
 
 
 def prior_pipeline(cascade):

@@ -9,12 +9,20 @@ pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime")
 
 
+def session_of(model):
+    return onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+
+
 def run_onnx(name):
     """The network as a function that onnxruntime computes."""
     program = to_onnx(network(name), INPUTS[name](2))
-    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString(), providers=["CPUExecutionProvider"])
-    return lambda **inputs: [torch.from_numpy(y) for y in
-                             session.run(None, {name: value.numpy() for name, value in inputs.items()})]
+    session = session_of(program.model_proto.SerializeToString())
+
+    def run(**inputs):
+        outputs = session.run(None, {name: value.numpy() for name, value in inputs.items()})
+        return [torch.from_numpy(y) for y in outputs]
+
+    return run
 
 
 @pytest.mark.parametrize("name", INPUTS)
@@ -25,16 +33,16 @@ def test_onnxruntime_gives_the_same_numbers_for_any_batch(name):
 @pytest.mark.slow
 def test_the_command_writes_a_network(folder, tmp_path, capsys):
     out = tmp_path / "onnx"
-    command = ["--weights", str(folder), "--size", "100", "64", "--out", str(out), "--networks", "stage_b"]
-    assert export.main(command) == 0
-    session = onnxruntime.InferenceSession(out / "stage_b.onnx", providers=["CPUExecutionProvider"])
-    x, = [value for value in session.get_inputs() if value.name == "x"]
+    command = f"--weights {folder} --size 100 64 --out {out} --networks stage_b"
+    assert export.main(command.split()) == 0
+    x, = [value for value in session_of(out / "stage_b.onnx").get_inputs() if value.name == "x"]
     assert x.shape[1:] == [4, 16, 26] and "stage_b.onnx: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ("--size 9 9", "width: expected an integer from 64 to 8192, got 9"), ("--out {file}", "cannot be made"),
-    ("--networks stage_d", "invalid choice"), ("--weights nowhere", "cannot open this folder")])
+    ("--size 9 9", "width: expected an integer from 64 to 8192, got 9"),
+    ("--out {file}", "cannot be made"), ("--networks stage_d", "invalid choice"),
+    ("--weights nowhere", "cannot open this folder")])
 def test_a_mistake_ends_in_one_line(tmp_path, capsys, arguments, message):
     (tmp_path / "file").write_text("")
     assert export.main(arguments.format(file=tmp_path / "file").split()) == 2

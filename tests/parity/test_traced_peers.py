@@ -1,4 +1,5 @@
 """A trace is enough to check another implementation: diffusers' UNet, given its inputs, agrees at every block."""
+import re
 from functools import partial
 
 import compare
@@ -11,24 +12,18 @@ from safetensors.torch import load_file, save_file
 
 from cascade import Cascade
 
-GUIDANCE = pytest.mark.parametrize("stage, guidance", [("stage_c", 4.0), ("stage_b", 1.5)])
+OPTIONS = "--steps 3 --decoder-steps 2 --decoder-guidance 1.5 --steps-recorded 1 --width 150 --height 100"
 
 
 @pytest.fixture(scope="module")
 def path(folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("trace") / "trace.safetensors"
-    options = "--steps 3 --decoder-steps 2 --decoder-guidance 1.5 --steps-recorded 1 --width 150 --height 100"
-    assert trace.main(["a red circle", *options.split(), "--weights", str(folder), "--out", str(out)]) == 0
+    assert trace.main(["a red circle", *OPTIONS.split(), "--weights", str(folder), "--out", str(out)]) == 0
     return out
 
 
-@pytest.fixture(scope="module")
-def tensors(path):
-    return load_file(path)
-
-
 @torch.no_grad()
-def run_peer(folder, tensors, stage, guidance, error=0.0):
+def run_peer(folder, tensors, stage, guidance):
     """diffusers' UNet on the latent and the conditions of step 1: the outputs of its modules, by the trace's names and in
     the trace's layout. Inside an attention block its names differ; everywhere else they are the same."""
     step, mine = f"{stage}.step-001", {}
@@ -39,7 +34,6 @@ def run_peer(folder, tensors, stage, guidance, error=0.0):
         mine[name] = (output.permute(0, 2, 3, 1) if channels_last else output).contiguous().clone()
 
     peer = diffusers_unet(Cascade(folder).network(stage))
-    peer.up_blocks[0][1].mapper.bias.add_(error)
     for path, module in peer.named_modules():
         if f"{step}.{path}.out" in tensors:
             module.register_forward_hook(partial(keep, f"{step}.{path}"))
@@ -51,20 +45,13 @@ def run_peer(folder, tensors, stage, guidance, error=0.0):
     return mine
 
 
-@GUIDANCE
-def test_diffusers_unet_agrees_at_every_block(folder, path, tensors, tmp_path, stage, guidance, capsys):
-    mine, step = run_peer(folder, tensors, stage, guidance), f"{stage}.step-001."
+@pytest.mark.parametrize("stage, guidance", [("stage_c", 4.0), ("stage_b", 1.5)])
+def test_diffusers_unet_agrees_at_every_block(folder, path, tmp_path, stage, guidance, capsys):
+    tensors, step = load_file(path), f"{stage}.step-001."
+    mine = run_peer(folder, tensors, stage, guidance)
     assert_same(mine[f"{step}epsilon"], tensors[f"{step}epsilon"])
-    outputs = {name for name in tensors if name.startswith(step) and name.endswith(".out")}
-    blocks = {name for name in outputs if "_blocks." in name}
+    blocks = {name for name in tensors if re.match(rf"{step}.*_blocks\..*\.out$", name)}
     assert len(blocks) > 20 and blocks <= set(mine)
     save_file(mine, tmp_path / "mine.safetensors")
     assert compare.main([str(path), str(tmp_path / "mine.safetensors")]) == 0
     assert capsys.readouterr().out.startswith(f"{len(mine)} of ")
-
-
-@GUIDANCE
-def test_an_error_in_one_block_is_found(folder, path, tensors, tmp_path, stage, guidance, capsys):
-    save_file(run_peer(folder, tensors, stage, guidance, error=0.1), tmp_path / "mine.safetensors")
-    assert compare.main([str(path), str(tmp_path / "mine.safetensors")]) == 1
-    assert f"first wrong block: {stage}.step-001.up_blocks.0.1.out" in capsys.readouterr().out
