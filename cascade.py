@@ -20,6 +20,11 @@ each side. Stage B generates an image latent from that, 4 times smaller. Stage A
 loaded when it is needed and released afterwards.
 """
 # The letters in shape comments are explained in model.py; here H, W are always pixels.
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)        # until main: Ctrl-C ends the imports without a traceback
+
 import argparse
 import ctypes
 import io
@@ -28,7 +33,6 @@ import json
 import math
 import numbers
 import os
-import signal
 import sys
 import traceback
 import uuid
@@ -618,7 +622,10 @@ IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 def load_image(source: str | Path | Image.Image) -> Image.Image:
     """Opens an image as RGB, with its EXIF rotation applied and transparency on white."""
     if isinstance(source, Image.Image):
-        return to_rgb(source)
+        try:
+            return to_rgb(source)
+        except (OSError, ValueError, SyntaxError) as error:     # its file is damaged: PIL reads it only now
+            raise CascadeError(f"this PIL image cannot be read ({error})") from error
     kinds = ", ".join(IMAGE_FORMATS)
     with reading(source, f"an image ({kinds}) of less than 178 million pixels"):
         with Image.open(source, formats=IMAGE_FORMATS) as image:

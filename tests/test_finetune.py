@@ -173,8 +173,8 @@ def test_trained_files_are_used(data, weights, tmp_path):
     assert not torch.equal(draw(loras=[(file, 1.0)], tokens={"[new]": "red"})("red", **prompt), plain)
     file = train(data, weights, tmp_path / "b.safetensors", *WAYS["lora_b"])
     assert not torch.equal(draw(loras=[(file, 1.0)])("red", **prompt), plain)
-    (weights / "controlnet").mkdir(exist_ok=True)
-    train(data, weights, weights / "controlnet" / "canny.safetensors", *WAYS["canny"])
+    (weights / "controlnet/canny.safetensors").unlink()
+    train(data, weights, weights / "controlnet/canny.safetensors", *WAYS["canny"])
     hint = {"control": "canny", "hint": data / "0.png", "width": 128, "height": 128}
     assert not torch.equal(draw()("red", **hint, **prompt), plain)
     full = train(data, weights, tmp_path / "full.safetensors", *WAYS["full"])

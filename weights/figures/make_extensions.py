@@ -1,16 +1,18 @@
-"""What fine-tuning can do, shown on the tiny cascade: writes the training data of the demonstrations, scores their
-results, and draws lora.png, controlnet.png and extensions.png.
+"""What fine-tuning can do, shown on the tiny cascade: trains the demonstrations, scores them, and draws lora.png,
+controlnet.png and extensions.png.
 
-    python weights/figures/make_extensions.py data hexagon DATA         images with captions, for weights/finetune.py
-    python weights/figures/make_extensions.py join C B OUT              one LoRA file of two
+    python weights/figures/make_extensions.py train hexagon WORK        writes WORK/hexagon.safetensors
     python weights/figures/make_extensions.py score hexagon             the rows of weights/README.md
-    python weights/figures/make_extensions.py score pink --weights FOLDER
-    python weights/figures/make_extensions.py draw --pink FOLDER
+    python weights/figures/make_extensions.py score pink --weights WORK
+    python weights/figures/make_extensions.py draw --pink WORK
 
-The demonstrations: a new shape (hexagon), a new token for a look (outline), a ninth colour (pink), a ControlNet
-(canny), sampling in 4 steps (lcm), and repainting one of two objects (inpainting).
+The demonstrations: a new shape (hexagon), a new token for a colour scheme (sunset), a ninth colour (pink), a ControlNet
+(canny), sampling in 4 steps (lcm), and repainting one of two objects (inpainting, which needs no training).
 """
 import argparse
+import shutil
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +20,7 @@ from pathlib import Path
 import numpy as np
 from drawing import HERE, sheet
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import evaluate
@@ -27,7 +30,7 @@ from shapes import COLOURS, NEW_COLOURS, NEW_SHAPES, SHAPES, pick
 
 TINY = HERE.parent / "tiny"
 FOLDER = TINY / "extensions"
-IMAGES = {"hexagon": (200, 0), "sunset": (200, 200), "pink": (1000, 1000), "known": (0, 3000)}
+IMAGES = {"hexagon": (200, 0), "sunset": (200, 200), "pink": (1000, 1000), "known": (0, 3000)}     # new, known
 TOKEN = {"[sunset]": "red"}                             # it means orange objects on purple
 DATA_SEED, TEST_SEED = 2001, 2002
 
@@ -63,6 +66,50 @@ def caption(scene, rng, name):
     while name not in text.lower():
         text = shapes.caption(scene, rng, fillers=0)
     return text
+
+
+# The options of finetune.py and distil_lcm.py. LoRAs leave out the layers that carry the noisy latent from the first layer
+# to the last, whose weights wire.py has fixed: the tiny cascade needs them exactly.
+FEW_UPDATES = "--accumulate 1 --weight x0 --decay"
+INNER_C = "--layers down_blocks.1 up_blocks.0 kv_mapper clip_txt"
+TRAININGS = {                                           # {name: (data, options of each training)}
+    "hexagon": ("hexagon", (
+        f"--updates 1000 --batch 64 --lr 2e-3 --rank 8 {INNER_C} {FEW_UPDATES}",
+        f"--stage b --semantic-scale 0.75 0.75 --updates 1400 --batch 32 --lr 1e-3 --rank 16 {FEW_UPDATES}")),
+    "sunset": ("sunset", (
+        f"--updates 500 --batch 64 --lr 2e-3 {INNER_C} {FEW_UPDATES} --token [sunset]=red",)),
+    "pink": ("pink", (
+        f"--what full --updates 1200 --batch 64 --lr 3e-4 {FEW_UPDATES}",
+        f"--what full --stage b --semantic-scale 0.75 0.75 --updates 1000 --batch 32 --lr 3e-4 {FEW_UPDATES}")),
+    "canny": ("known", (
+        f"--what controlnet --kind canny --blocks 1 2 --updates 2200 --batch 64 --lr 2e-3 {FEW_UPDATES}",)),
+    "lcm": ("known", (
+        f"--updates 800 --batch 64 --lr 1e-3 --rank 8 {INNER_C} --accumulate 1 --decay",)),
+}
+
+
+def train(name, work):
+    """Runs the trainings of a demonstration, and writes LoRAs of both stages into one file."""
+    data, trainings = TRAININGS[name]
+    if not (work / data).exists():
+        write_data(data, work / data)
+    files = []
+    for options in trainings:
+        script = HERE.parent / ("distil_lcm.py" if name == "lcm" else "finetune.py")
+        files.append(work / f"{name}_{len(files)}.safetensors")
+        command = [sys.executable, script, work / data, "--out", files[-1], *options.split(), "--device", "cpu"]
+        subprocess.run(command, check=True)
+    if name == "pink":
+        shutil.copytree(TINY, work, dirs_exist_ok=True)
+        for file, stage in zip(files, "cb"):
+            shutil.copy(file, work / f"stage_{stage}.safetensors")
+        return
+    tensors = {}
+    for file in files:
+        tensors |= load_file(file)
+    halves = {key: tensor.half() if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
+    with safe_open(files[0], framework="pt") as file:
+        save_file(halves, work / f"{name}.safetensors", file.metadata())
 
 
 def write_data(name, folder):
@@ -262,11 +309,9 @@ def draw_others(options):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    data = commands.add_parser("data", help="write images with captions")
-    data.add_argument("name", choices=IMAGES)
-    data.add_argument("folder", type=Path)
-    join = commands.add_parser("join", help="one LoRA file of two")
-    join.add_argument("files", type=Path, nargs=3, metavar="FILE")
+    train_parser = commands.add_parser("train", help="train a demonstration")
+    train_parser.add_argument("name", choices=TRAININGS)
+    train_parser.add_argument("work", type=Path, help="folder for the data and the results")
     score = commands.add_parser("score", help="print the rows of a demonstration")
     score.add_argument("name", choices=SCORES)
     score.add_argument("--weights", type=Path, default=TINY)
@@ -275,12 +320,8 @@ def main():
     draw.add_argument("--pink", type=Path, required=True, help="weights folder that was fine-tuned on pink")
     draw.add_argument("--out", type=Path, default=HERE)
     options = parser.parse_args()
-    if options.command == "data":
-        write_data(options.name, options.folder)
-    elif options.command == "join":
-        first, second, out = options.files
-        tensors = load_file(first) | load_file(second)
-        save_file({name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}, out)
+    if options.command == "train":
+        train(options.name, options.work)
     elif options.command == "score":
         SCORES[options.name](options)
     else:
