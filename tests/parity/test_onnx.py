@@ -33,7 +33,7 @@ def test_the_command_writes_a_network(folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ("--size 9 9", "width: expected an integer from 64 to 8192, got 9"), ("--out {file}", "cannot be made"),
+    ("--size 9 9", "width: expected an integer from 64 to 8192, got 9"), ("--out {file}", "File exists"),
     ("--networks stage_d", "invalid choice"), ("--weights nowhere", "cannot open this folder")])
 def test_a_mistake_ends_in_one_line(tmp_path, capsys, arguments, message):
     (tmp_path / "file").write_text("")

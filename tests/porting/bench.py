@@ -32,6 +32,7 @@ sys.path[:0] = [str(TESTS.parent), str(TESTS), str(TESTS / "parity")]
 
 import tiny
 from helpers import OFFICIAL, on_meta, relative_error
+from operators import FOR_B, FOR_C
 from pages import PERFORMANCE_PAGE, table, write_section
 
 import model
@@ -39,6 +40,8 @@ from cascade import DTYPES, NETWORKS, accumulate_in_fp32, default_dtype, tune_pr
 
 TITLES = {"stage_a": "Stage A", "stage_b_lite": "Stage B lite, a step",
           "stage_c_lite": "Stage C lite, a step with guidance", "text_encoder": "Text encoder, 2 prompts"}
+SHAPES = {"stage_a": {"z": (1, 4, 256, 256)}, "stage_b_lite": FOR_B, "stage_c_lite": FOR_C}
+QUICK = {24: 3, 256: 32, 1280: 64, 768: 24}             # official size -> tiny one
 FOLDERS = {"stage_c_lite": "prior_lite", "stage_b_lite": "decoder_lite", "stage_a": "vqgan"}
 END = tiny.TEXT.end                                     # of the tiny tokenizer, which replaces CLIP's here
 
@@ -71,22 +74,17 @@ def write_files(folder, quick, dtype):
 
 def inputs_of(name, quick, dtype):
     """For one image: a step with guidance of Stage C, one without of Stage B; a prompt and a negative prompt."""
-    Hc, Hb, D, E = (3, 32, 64, 24) if quick else (24, 256, 1280, 768)
-
-    def randn(*shape):
-        return torch.randn(shape, dtype=dtype)
-
     if name == "text_encoder":
         ids, mask = torch.full((2, 77), END), torch.zeros(2, 77, dtype=torch.int64)
         ids[:, :8], mask[:, :9] = 65, 1
         return {"ids": ids, "mask": mask}
-    if name == "stage_a":
-        return {"z": randn(1, 4, Hb, Hb)}
-    if name == "stage_b_lite":  # diffusers does not round a time of 0
-        return {"x": randn(1, 4, Hb, Hb), "r": torch.zeros(1), "clip_text_pooled": randn(1, 1, D),
-                "effnet": randn(1, 16, Hc, Hc)}
-    return {"x": randn(2, 16, Hc, Hc), "r": torch.zeros(2), "clip_text_pooled": randn(2, 1, D),
-            "clip_text": randn(2, 77, D), "clip_img": torch.zeros(2, 1, E, dtype=dtype)}
+    inputs = {}
+    for key, shape in SHAPES[name].items():
+        shape = [QUICK.get(side, side) for side in shape] if quick else shape
+        inputs[key] = torch.randn(shape, dtype=dtype)
+        if key == "r":                                  # diffusers does not round a time of 0
+            inputs[key] = torch.zeros(shape)
+    return inputs
 
 
 def our_call(name, folder, dtype, inputs, device, without=""):
@@ -280,9 +278,14 @@ def gains(folder, quick, dtype, settings, rounds, batches):
             yield without, title, f"{ours:.3g}", f"{other:.3g}", f"{ours / other:.2f}", f"{error:.0e}"
 
 
+def fastest_dtype(device):
+    if device == "cpu":
+        return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
+    return "bf16" if default_dtype(torch.device(device)) == torch.bfloat16 else "fp16"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     for option in ("--quick", "--gains", "--write", "--compile"):
         parser.add_argument(option, action="store_true")
     parser.add_argument("--rounds", type=int, default=3, help="of which the median is taken (default: 3)")
@@ -290,26 +293,25 @@ def main():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batches", type=int, nargs="+", default=[], help="of images, with the networks loaded")
     options = parser.parse_args()
-    chip = "cpu"
-    if options.device != "cpu":
-        chip = torch.cuda.get_device_name(options.device)
-        has_bf16 = default_dtype(torch.device(options.device)) == torch.bfloat16
-    options.dtype = options.dtype or ("bf16" if has_bf16 else "fp32" if chip == "cpu" else "fp16")
-    dtype, rounds = DTYPES[options.dtype], 1 if options.quick else options.rounds
-    versions = [f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers")]
-    head = (f"{', '.join(versions)}; {chip}, {torch.get_num_threads()} threads, {options.dtype}, "
-            f"{matrix_rate(dtype, options.device) / 1e12:.2g} TFLOP/s in a matrix product.\n")
+    name, device = options.dtype or fastest_dtype(options.device), options.device
+    dtype, rounds = DTYPES[name], 1 if options.quick else options.rounds
+    chip = "cpu" if device == "cpu" else torch.cuda.get_device_name(device)
+    versions = [f"{package} {version(package)}" for package in ("torch", "diffusers", "transformers")]
+    head = (f"{', '.join(versions)}; {chip}, {torch.get_num_threads()} threads, {name}, "
+            f"{matrix_rate(dtype, device) / 1e12:.2g} TFLOP/s in a matrix product.\n")
     print(head)
+    side_and_steps = (128, 2, 1) if options.quick else (1024, 20, 10)
+    measure = gains if options.gains else compare_with_diffusers
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         write_files(Path(folder), options.quick, dtype)
-        settings = [folder, options.dtype, options.device, 1, options.compile, *((128, 2, 1) if options.quick else (1024, 20, 10))]
-        rows, measure = [], gains if options.gains else compare_with_diffusers
+        settings = [folder, name, device, 1, options.compile, *side_and_steps]
         for row in measure(Path(folder), options.quick, dtype, settings, rounds, options.batches):
             print("| " + " | ".join(row) + " |", flush=True)
             rows.append(row)
     if options.write:
-        name = "gains" if options.gains else "benchmark" if chip == "cpu" else "cuda"
-        write_section(PERFORMANCE_PAGE, name, f"{head}\n{table(rows[0], rows[1:])}")
+        section = "gains" if options.gains else "benchmark" if device == "cpu" else "cuda"
+        write_section(PERFORMANCE_PAGE, section, f"{head}\n{table(rows[0], rows[1:])}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python tests/porting/export.py --size 1024 1024 --out onnx                              the tiny cascade
     python tests/porting/export.py --weights weights/official --lite --dtype bf16           width 1024, height 1024
+    python tests/porting/export.py --official-nodes 640 [--lite]                            counts nodes, writes nothing
 
 Needs onnx and onnxscript. In Python, with the sides left open too (Stage B's must be multiples of 8):
 
@@ -13,16 +14,39 @@ Needs onnx and onnxscript. In Python, with the sides left open too (Stage B's mu
 import argparse
 import math
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+TESTS = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(TESTS.parent), str(TESTS)]
+
+from compare import exit_status
+from helpers import OFFICIAL
+from tiny import randomise
 
 import cascade
-from model import CascadeError, require
+from model import CascadeError, UNet, require
+
+
+class RandomOfficial:
+    """Takes the place of a Cascade: the official networks with random weights and all their blocks, but no level of a
+    UNet has more channels than `widest`. The optimiser folds operations on weights of at most 8,192 numbers, which the
+    official UNets rarely have; from 640 channels on the number of nodes does not depend on the width."""
+
+    def __init__(self, widest, lite):
+        self.widest, self.lite = widest, lite
+        self.dtypes = dict.fromkeys(cascade.NETWORKS, torch.float32)
+
+    def network(self, name):
+        network_class, config = OFFICIAL.get(f"{name}_lite" * self.lite, OFFICIAL[name])
+        if network_class is UNet:
+            widths = tuple(min(width, self.widest) for width in config.widths)
+            config = replace(config, widths=widths, c_cond=min(config.c_cond, self.widest))
+        return randomise(network_class(config), 0)
 
 
 class Method(nn.Module):
@@ -84,23 +108,20 @@ def run(options):
     require(find_spec("onnxscript"), "export.py needs onnx and onnxscript: pip install onnx onnxscript")
     width, height = options.size
     cascade.check(width=width, height=height)
-    pipeline = cascade.Cascade(options.weights, dtype=options.dtype, lite=options.lite)
-    try:
+    if options.official_nodes:
+        pipeline = RandomOfficial(options.official_nodes, options.lite)
+    else:
+        pipeline = cascade.Cascade(options.weights, dtype=options.dtype, lite=options.lite)
         options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CascadeError(f"--out {options.out}: cannot be made ({error.strerror})") from error
     for name in options.networks:
         program = to_onnx(*network_and_inputs(pipeline, name, width, height))
         path = options.out / f"{name.replace(' ', '-')}.onnx"
-        try:
+        if not options.official_nodes:
             program.save(path)
-        except OSError as error:
-            raise CascadeError(f"{path}: cannot be written ({error.strerror})") from error
-        print(f"{path}: {len(program.model.graph)} nodes")
+        print(f"{path}: {len(program.model.graph)} nodes", flush=True)
 
 
 def main(arguments=None):
-    """Returns the exit status: 0, or 2 after one line that says what went wrong."""
     parser = cascade.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, default = parser.add_argument, "(default: %(default)s)"
     add("--size", nargs=2, type=int, default=(1024, 1024), metavar=("WIDTH", "HEIGHT"), help=default)
@@ -109,12 +130,9 @@ def main(arguments=None):
     add("--networks", nargs="+", default=NAMES, choices=NAMES, help="(default: all)")
     add("--lite", action="store_true", help="as in cascade.py")
     add("--dtype", default="fp32", choices=cascade.DTYPES, help=default)
-    try:
-        run(parser.parse_args(arguments))
-        return 0
-    except CascadeError as error:
-        print(f"export.py: {error}", file=sys.stderr)
-        return 2
+    add("--official-nodes", type=int, metavar="CHANNELS",
+        help="only count, in the official networks with random weights and at most so many channels in the UNets")
+    return exit_status("export.py", (CascadeError, OSError), lambda: run(parser.parse_args(arguments)))
 
 
 if __name__ == "__main__":

@@ -156,12 +156,10 @@ class Trace:
             self.begin("text_encoder")
 
     def after_network(self, network, args, output):
-        if torch.is_tensor(output):
-            self.output = output
-            self.add("out", output, "out")
-        else:
-            for name, tensor in zip(("hidden", "pooled"), output):
-                self.add(name, tensor, "out")
+        self.output = output
+        outputs = {"out": output} if torch.is_tensor(output) else dict(zip(("hidden", "pooled"), output))
+        for name, tensor in outputs.items():
+            self.add(name, tensor, "out")
 
     def is_recorded(self, path):
         if not self.record or not self.patterns:
@@ -267,32 +265,24 @@ class TracedCascade(cascade.Cascade):
 
 
 @torch.no_grad()
-def draw(traced, options):
-    """Cascade.__call__ for one image, up to the last of the recorded stages."""
+def record(options):
+    """The Trace of one image: Cascade.__call__, up to the last of the recorded stages."""
+    traced = TracedCascade(options.weights, options.device, options.dtype, options.lite, progress=True)
+    traced.trace = trace = Trace(options.stages, options.steps_recorded, options.blocks)
     last = max(map(STAGES.index, options.stages))
     text = traced.encode_prompt(options.prompt, options.negative)
     width, height = traced.size(options.width, options.height)
     size = {"width": width, "height": height, "seed": options.seed}
-    if last >= 1:
-        latents = traced.prior(text, steps=options.steps, guidance=options.guidance, **size)
-    if last >= 2:
-        z = traced.decode(latents, text, steps=options.decoder_steps, prior_steps=options.steps,
-                          guidance=options.decoder_guidance, output="latent", **size)
-    if last >= 3:
-        stage_a = traced.network("stage_a")
-        pixels = stage_a.decode(z.to(stage_a.out_block[0].weight)).float()
-        traced.trace.begin("")
-        image = pixels[:, :, :height, :width].clamp(0, 1)
-        traced.trace.add("picture", image, "picture", ["stage_a.out_block.out"])
-
-
-def record(options):
-    """The Trace of one image."""
-    where = options.weights, options.device, options.dtype, options.lite
-    traced = TracedCascade(*where, progress=True)
-    traced.trace = trace = Trace(options.stages, options.steps_recorded, options.blocks)
     with mock.patch.object(cascade, "sample", trace.sample):
-        draw(traced, options)
+        if last >= 1:
+            latents = traced.prior(text, steps=options.steps, guidance=options.guidance, **size)
+        if last >= 2:
+            image = traced.decode(
+                latents, text, steps=options.decoder_steps, guidance=options.decoder_guidance,
+                prior_steps=options.steps, output="pt" if last == 3 else "latent", **size)
+        if last == 3:
+            trace.begin("")
+            trace.add("picture", image, "picture", ["stage_a.out_block.out"])
     return trace
 
 
