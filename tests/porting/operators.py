@@ -100,25 +100,28 @@ class Record(TorchDispatchMode):
     rows        (operator, shapes, type, trap) -> how often it ran ("count"), "flops", and bytes "moved": every input
                 read once, every output written once
     held        storage -> number of its tensors
-    live, peak  bytes of the activations alive, and the maximum of that
+    live        storage -> bytes and shape of an activation that is alive
+    peak        the largest sum of these bytes; `peak_shapes`: {shape: bytes} then; `peak_at`: while this operator ran
     largest     bytes and shape of the largest result
     """
 
     def __init__(self):
         super().__init__()
-        self.rows, self.held = defaultdict(Counter), Counter()
-        self.live, self.peak, self.largest = 0, 0, (0, "")
+        self.rows, self.held, self.live = defaultdict(Counter), Counter(), {}
+        self.peak, self.peak_at, self.peak_shapes = 0, "", Counter()
+        self.largest = 0, ""
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         result = operator(*args, **kwargs)
         inputs, outs = tensors((args, kwargs)), tensors(result)
+        name = operator._schema.name.removeprefix("aten::")
         for out in outs:
-            self.hold(out)
+            self.hold(out, name)
         storages = {tensor.untyped_storage()._cdata for tensor in inputs}
         if all(out.untyped_storage()._cdata in storages for out in outs):
             return result
-        out, name = outs[0], operator._schema.name.removeprefix("aten::")
+        out = outs[0]
         arguments = {argument.name: argument.default_value for argument in operator._schema.arguments}
         arguments |= dict(zip(arguments, args)) | kwargs
         traps = [trap(arguments) for other, trap in TRAPS if other == name]
@@ -131,20 +134,28 @@ class Record(TorchDispatchMode):
         self.largest = max(self.largest, (size(out), shape(out)))
         return result
 
-    def hold(self, tensor):
+    def hold(self, tensor, operator):
         """Counts a storage from its first tensor to the end of its last."""
         storage = tensor.untyped_storage()
-        key, bytes = storage._cdata, storage.nbytes()
-        if not self.held[key]:
-            self.live += bytes
-            self.peak = max(self.peak, self.live)
+        key = storage._cdata
         self.held[key] += 1
-        weakref.finalize(tensor, self.release, key, bytes)
+        weakref.finalize(tensor, self.release, key)
+        if self.held[key] > 1:                          # a view, or a weight
+            return
+        self.live[key] = storage.nbytes(), shape(tensor)
+        if self.live_bytes > self.peak:
+            self.peak, self.peak_at, self.peak_shapes = self.live_bytes, operator, Counter()
+            for bytes, sizes in self.live.values():
+                self.peak_shapes[sizes] += bytes
 
-    def release(self, key, bytes):
+    def release(self, key):
         self.held[key] -= 1
         if not self.held[key]:
-            self.live -= bytes
+            del self.live[key]
+
+    @property
+    def live_bytes(self):
+        return sum(bytes for bytes, _ in self.live.values())
 
     @property
     def total(self):
@@ -159,7 +170,7 @@ def run(title, dtype=BF16):
         record.held[tensor.untyped_storage()._cdata] = 1
     for key, sizes in shapes.items():
         inputs[key] = torch.empty(sizes, dtype=TYPES.get(key, dtype), device="meta")
-        record.hold(inputs[key])
+        record.hold(inputs[key], "")
     with torch.inference_mode(), record:
         outputs = getattr(network, method)(**inputs)
     return network, record, tensors(outputs)[0]
@@ -188,7 +199,7 @@ def detail_table(record):
 
 
 def operators_page():
-    summary, details, images = [], "", []
+    summary, peaks, details, images = [], [], "", []
     totals = {}                                         # title -> FLOPs, bytes moved and weights of one image
     for title, (_, _, shapes, calls) in NETWORKS.items():
         network, record, out = run(title)
@@ -199,6 +210,8 @@ def operators_page():
         summary.append([title, "×".join(map(str, first)), shape(out), f"{parameters / 1e6:.1f} M",
             f"{parameters * 2 / 1e6:.0f}", f"{flops / 1e9:.1f}", f"{moved / 1e6:.0f}",
             record.largest[1], f"{record.peak / 1e6:.0f}", calls])
+        alive = [f"{sizes} ({bytes / 1e6:.1f})" for sizes, bytes in record.peak_shapes.most_common(3)]
+        peaks.append([title, f"`{record.peak_at}`", f"{record.peak / 1e6:.1f}", ", ".join(alive)])
         if title not in ("Stage C", "Stage B"):
             details += f"\n## {title}\n\n{detail_table(record)}"
     for pair, others in ("lite", ("Stage C", "Stage B")), ("full", ("Stage C lite", "Stage B lite")):
@@ -207,7 +220,8 @@ def operators_page():
     head = ["network", "input", "output", "parameters", "weights, MB", "GFLOP per call",
             "MB moved per call", "largest result", "peak, MB", "calls"]
     images_head = ["one image in 20 and 10 steps", "TFLOP", "GB moved", "weights, GB"]
-    return f"{table(head, summary)}\n{table(images_head, images)}{details}"
+    peaks_head = ["network", "peak in", "peak, MB", "the largest shapes alive then (MB together)"]
+    return "\n".join([table(head, summary), table(images_head, images), table(peaks_head, peaks)]) + details
 
 
 def schedule():
