@@ -200,6 +200,10 @@ def teacher_force(trace, block, number_format="fp32"):
     return results
 
 
+def first_wrong(results):
+    return next((result for result in results if result.wrong), None)
+
+
 # ------------------------------------------------------------------------------ the report
 
 def summary(names):
@@ -214,7 +218,7 @@ def report(results):
     for r in sorted(results, key=lambda r: r.growth, reverse=True)[:ROWS]:
         lines.append(f"{r.growth:8.3g} {r.limit:8.3g} {r.error:8.1e} {r.maximum:8.1e} "
                      f"{r.snr:6.1f} {r.pcc:11.8f}  {r.name} ({r.kind})")
-    wrong = next((r for r in results if r.wrong), None)
+    wrong = first_wrong(results)
     if wrong is None:
         lines.append(f"all agree: largest error {max(r.error for r in results):.1e}")
     else:
@@ -238,10 +242,11 @@ def run(options):
         raise FileError(f"{options.other}: holds none of the trace's names, such as {first}")
     missing = [name for name in trace.graph if name not in other]
     unknown = [name for name in other.header if name not in trace]
-    wrong = next((result.name for result in results if result.wrong), None)
+    wrong = first_wrong(results)
     if options.json:
         tensors = [without_infinity(asdict(result)) for result in results]
-        found = {"first_wrong": wrong, "missing": missing, "unknown": unknown, "tensors": tensors}
+        name = wrong.name if wrong else None
+        found = {"first_wrong": name, "missing": missing, "unknown": unknown, "tensors": tensors}
         print(json.dumps(found))
     else:
         count = f"{len(results)} of {len(trace.graph)} tensors compared"
@@ -254,18 +259,21 @@ def run(options):
 
 
 class Parser(argparse.ArgumentParser):
+    def __init__(self, text):
+        super().__init__(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+
     def error(self, message):
         raise FileError(message)
 
 
-def exit_status(program, expected_error, command):
-    """Runs a command -> its exit status (none is 0), or 2 after one line about an expected error. A closed pipe, as of
-    `head`, is no error."""
+def exit_status(program, command, *expected_errors):
+    """Runs a command -> its exit status (none is 0), or 2 after one line about an expected error.
+    A closed pipe, as of `head`, is no error."""
     try:
         status = command() or 0
         sys.stdout.flush()
         return status
-    except expected_error as error:
+    except (FileError, *expected_errors) as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
@@ -274,14 +282,12 @@ def exit_status(program, expected_error, command):
 
 
 def main(arguments=None):
-    parser = Parser(
-        prog="compare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("trace")
-    add("other")
-    add("--type", default="fp32", choices=("fp32", "bf16", "fp16"), help="what the port computes in")
-    add("--json", action="store_true", help="all results, as one JSON object")
-    return exit_status("compare.py", FileError, lambda: run(parser.parse_args(arguments)))
+    parser = Parser(__doc__)
+    parser.add_argument("trace")
+    parser.add_argument("other")
+    parser.add_argument("--type", default="fp32", choices=("fp32", "bf16", "fp16"), help="of the port")
+    parser.add_argument("--json", action="store_true", help="all results, as one JSON object")
+    return exit_status("compare.py", lambda: run(parser.parse_args(arguments)))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ Needs onnx and onnxscript. In Python, with the sides left open too (Stage B's mu
     program = torch.export.export(network, (), inputs, dynamic_shapes=shapes)
     torch.onnx.export(program, (), kwargs=inputs).save("stage_b.onnx")
 """
-import argparse
 import math
 import sys
 from dataclasses import replace
@@ -24,7 +23,7 @@ from torch import nn
 TESTS = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 
-from compare import exit_status
+from compare import Parser, exit_status
 from helpers import OFFICIAL
 from tiny import randomise
 
@@ -100,12 +99,12 @@ def network_and_inputs(pipeline, name, width, height):
     return network, {"x": zeros(16, Hc, Wc)} | inputs
 
 
-NAMES = ("text_encoder", "stage_c", "stage_b", "stage_a decode", "stage_a encode", "effnet_encoder", "image_encoder",
-         "previewer")
+NAMES = ("text_encoder", "stage_c", "stage_b", "stage_a decode", "stage_a encode",
+         "effnet_encoder", "image_encoder", "previewer")
 
 
 def run(options):
-    require(find_spec("onnxscript"), "export.py needs onnx and onnxscript: pip install onnx onnxscript")
+    require(find_spec("onnxscript"), "expected onnx and onnxscript: pip install onnx onnxscript")
     width, height = options.size
     cascade.check(width=width, height=height)
     if options.official_nodes:
@@ -122,7 +121,7 @@ def run(options):
 
 
 def main(arguments=None):
-    parser = cascade.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add, default = parser.add_argument, "(default: %(default)s)"
     add("--size", nargs=2, type=int, default=(1024, 1024), metavar=("WIDTH", "HEIGHT"), help=default)
     add("--out", type=Path, default=Path("out"), metavar="FOLDER", help=default)
@@ -131,8 +130,8 @@ def main(arguments=None):
     add("--lite", action="store_true", help="as in cascade.py")
     add("--dtype", default="fp32", choices=cascade.DTYPES, help=default)
     add("--official-nodes", type=int, metavar="CHANNELS",
-        help="only count, in the official networks with random weights and at most so many channels in the UNets")
-    return exit_status("export.py", (CascadeError, OSError), lambda: run(parser.parse_args(arguments)))
+        help="only count, with random weights and at most so many channels in the UNets")
+    return exit_status("export.py", lambda: run(parser.parse_args(arguments)), CascadeError, OSError)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ The tolerances are measured: the networks run in fp32 with AVX2, with the plain 
 compared with fp32. `floor` is the largest error of a block with exact inputs, `growth` and `total` are MARGIN times the
 largest values of a whole run.
 """
-import argparse
 import hashlib
 import json
 import os
@@ -47,6 +46,7 @@ from pages import PORTING_PAGE, table, write_section
 import cascade
 import model
 import sampler
+from model import CascadeError
 from text_encoder import SelfAttention
 
 GOLDEN = trace.MANIFEST.parent
@@ -230,7 +230,7 @@ def measure_tolerances(folder):
     found = {}
     for number_format, kinds in RUNS.items():
         floors = measure_floors(traces, folder, number_format)
-        tolerances = {kind: {"floor": floor, "growth": 0, "total": 0} for kind, floor in floors.items()}
+        tolerances = {kind: {"floor": floors[kind], "growth": 0, "total": 0} for kind in floors}
         growth, total = Counter(), Counter()            # by kind of tensor
         for kind in kinds:
             with tempfile.TemporaryDirectory() as other:
@@ -369,7 +369,12 @@ def manifest(tolerances, recorded, vectors):
     return {"made": made, "tolerances": tolerances, "files": files}
 
 
-def regenerate():
+def main():
+    parser = compare.Parser(__doc__)
+    parser.add_argument("--record", nargs=2, type=Path, metavar=("SOURCE", "FOLDER"), help="see above")
+    options = parser.parse_args()
+    if options.record:
+        return run("fp32", *options.record)
     recorded = record_all("fp32", {name: draw_network(name) for name in CONFIGS})
     vectors = operators()
     write_all(recorded, "fp32", GOLDEN)
@@ -383,12 +388,4 @@ def regenerate():
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--record", nargs=2, type=Path, metavar=("SOURCE", "FOLDER"), help="see above")
-    options = parser.parse_args()
-    if options.record:
-        run("fp32", *options.record)
-    else:
-        regenerate()
+    sys.exit(compare.exit_status("golden.py", main, CascadeError))

@@ -28,7 +28,8 @@ BF16 = torch.bfloat16
 TOKENS = {"ids": (2, 77), "mask": (2, 77)}
 FOR_C = {"x": (2, 16, 24, 24), "r": (2,), "clip_text_pooled": (2, 1, 1280),
          "clip_text": (2, 77, 1280), "clip_img": (2, 1, 768)}
-FOR_B = {"x": (1, 4, 256, 256), "r": (1,), "clip_text_pooled": (1, 1, 1280), "effnet": (1, 16, 24, 24)}
+FOR_B = {"x": (1, 4, 256, 256), "r": (1,), "clip_text_pooled": (1, 1, 1280),
+         "effnet": (1, 16, 24, 24)}
 TYPES = {"ids": torch.int64, "mask": torch.int64, "r": torch.float32}      # all others are bf16
 # title -> official network, method, inputs, calls for one image of 1024x1024
 NETWORKS = {"Text encoder": ("text_encoder", "forward", TOKENS, 1),
@@ -76,6 +77,11 @@ def attention_trap(args):
     return args["query"].shape != args["key"].shape and "the condition's keys come after the image's"
 
 
+def layer_norm_trap(args):
+    eps = f"eps {args['eps']:g}"
+    return eps if args["weight"] is not None else f"{eps}, no scale or shift"
+
+
 SHUFFLED = "channel is c·p² + row·p + column"
 # What a port gets wrong, read from an operator's arguments: (operator, function that returns it, or False).
 TRAPS = (("gelu", lambda args: args["approximate"] == "none" and "exact, with erf"),
@@ -86,7 +92,7 @@ TRAPS = (("gelu", lambda args: args["approximate"] == "none" and "exact, with er
     ("conv2d", lambda args: args["groups"] > 1 and "depthwise"),
     ("conv2d", lambda args: args["stride"] != [1, 1] and f"stride {args['stride'][0]}"),
     ("batch_norm", lambda args: f"training={args['training']}: running statistics, eps {args['eps']:g}"),
-    ("layer_norm", lambda args: f"eps {args['eps']:g}" + ", no scale or shift" * (args["weight"] is None)),
+    ("layer_norm", layer_norm_trap),
     ("scaled_dot_product_attention", attention_trap),
     ("pixel_shuffle", lambda args: args["upscale_factor"] > 1 and SHUFFLED),
     ("pixel_unshuffle", lambda args: args["downscale_factor"] > 1 and SHUFFLED),
@@ -122,7 +128,7 @@ class Record(TorchDispatchMode):
         if all(out.untyped_storage()._cdata in storages for out in outs):
             return result
         out = outs[0]
-        arguments = {argument.name: argument.default_value for argument in operator._schema.arguments}
+        arguments = {each.name: each.default_value for each in operator._schema.arguments}
         arguments |= dict(zip(arguments, args)) | kwargs
         traps = [trap(arguments) for other, trap in TRAPS if other == name]
         traps.append(out.dtype == torch.float32 and "stays fp32")
@@ -185,17 +191,20 @@ def detail_table(record):
     for (name, shapes, type, trap), row in record.rows.items():
         large = row["flops"] > total["flops"] / 100 or row["moved"] > total["moved"] / 100
         if large or trap not in traps:
-            lines.append((f"`{name}`", shapes, type, row, trap))
+            lines.append([f"`{name}`", shapes, type, *numbers(row), trap])
             traps.add(trap)
         else:
             rest += row
             names.add(f"`{name}`")
             types.add(type)
-    lines.append(("all else: " + ", ".join(sorted(names)), "", ", ".join(sorted(types)), rest, ""))
-    return table(
-        ["operator", "inputs, weights → result", "type", "count", "GFLOP", "MB moved", "trap"],
-        [[name, shapes, type, row["count"], f"{row['flops'] / 1e9:.2f}", f"{row['moved'] / 1e6:.1f}", trap]
-         for name, shapes, type, row, trap in lines])
+    names, types = ", ".join(sorted(names)), ", ".join(sorted(types))
+    lines.append([f"all else: {names}", "", types, *numbers(rest), ""])
+    head = ["operator", "inputs, weights → result", "type", "count", "GFLOP", "MB moved", "trap"]
+    return table(head, lines)
+
+
+def numbers(row):
+    return row["count"], f"{row['flops'] / 1e9:.2f}", f"{row['moved'] / 1e6:.1f}"
 
 
 def operators_page():
@@ -210,18 +219,22 @@ def operators_page():
         summary.append([title, "×".join(map(str, first)), shape(out), f"{parameters / 1e6:.1f} M",
             f"{parameters * 2 / 1e6:.0f}", f"{flops / 1e9:.1f}", f"{moved / 1e6:.0f}",
             record.largest[1], f"{record.peak / 1e6:.0f}", calls])
-        alive = [f"{sizes} ({bytes / 1e6:.1f})" for sizes, bytes in record.peak_shapes.most_common(3)]
-        peaks.append([title, f"`{record.peak_at}`", f"{record.peak / 1e6:.1f}", ", ".join(alive)])
+        largest = record.peak_shapes.most_common(3)
+        alive = ", ".join(f"{sizes} ({bytes / 1e6:.1f})" for sizes, bytes in largest)
+        peaks.append([title, f"`{record.peak_at}`", f"{record.peak / 1e6:.1f}", alive])
         if title not in ("Stage C", "Stage B"):
             details += f"\n## {title}\n\n{detail_table(record)}"
-    for pair, others in ("lite", ("Stage C", "Stage B")), ("full", ("Stage C lite", "Stage B lite")):
-        flops, moved, weights = map(sum, zip(*(totals[title] for title in totals if title not in others)))
+    others = {"lite": ("Stage C", "Stage B"), "full": ("Stage C lite", "Stage B lite")}
+    for pair in others:
+        used = [total for title, total in totals.items() if title not in others[pair]]
+        flops, moved, weights = map(sum, zip(*used))
         images.append([pair, f"{flops / 1e12:.1f}", f"{moved / 1e9:.0f}", f"{weights / 1e9:.2f}"])
     head = ["network", "input", "output", "parameters", "weights, MB", "GFLOP per call",
             "MB moved per call", "largest result", "peak, MB", "calls"]
     images_head = ["one image in 20 and 10 steps", "TFLOP", "GB moved", "weights, GB"]
     peaks_head = ["network", "peak in", "peak, MB", "the largest shapes alive then (MB together)"]
-    return "\n".join([table(head, summary), table(images_head, images), table(peaks_head, peaks)]) + details
+    tables = table(head, summary), table(images_head, images), table(peaks_head, peaks)
+    return "\n".join(tables) + details
 
 
 def schedule():

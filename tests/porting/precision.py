@@ -111,7 +111,8 @@ def tiny_cascade_drift(calls, name, dtype):
 
 def image_drift(dtype):
     """How far the tiny cascade's images are from fp32's, of 255."""
-    ours, exact = (Cascade(device="cpu", dtype=kind)(PROMPT, images=2, output="np") for kind in (dtype, "fp32"))
+    ours, exact = (
+        Cascade(device="cpu", dtype=kind)(PROMPT, images=2, output="np") for kind in (dtype, "fp32"))
     return 255 * abs(ours - exact).mean()
 
 
@@ -147,10 +148,12 @@ def eight_bit_table(count):
             for name in ("text_encoder", "stage_c", "stage_b", "stage_a"):
                 round_linears(cascade.network(name), *EIGHT_BITS[title])
         images[title] = evaluate.draw(cascade, prompts)
-        scores = dict(zip(evaluate.PARTS, evaluate.accuracy(scenes, evaluate.detect(images[title]))))
+        scores = evaluate.accuracy(scenes, evaluate.detect(images[title]))
+        right = scores[evaluate.PARTS.index("right")]
         difference = 255 * abs(images[title] - images["fp32"]).mean()
-        rows.append([title, f"{scores['right']:.1f}", f"{difference:.1f}"])
-    return table(["linear layers", f"percent right, of {count} images", "mean difference from fp32, of 255"], rows)
+        rows.append([title, f"{right:.1f}", f"{difference:.1f}"])
+    head = "linear layers", f"percent right, of {count} images", "mean difference from fp32, of 255"
+    return table(head, rows)
 
 
 # ------------------------------------------------------------------------------ the tables
@@ -169,13 +172,17 @@ def rounded(value):
 def precision_table():
     calls, rows = calls_of_the_tiny_cascade(), []
     for title, (name, *_) in operators.NETWORKS.items():
-        config = {"stage_c": STAGE_C, "stage_b": STAGE_B}.get(name)
         drifts = ["as below"] * 3
         if "lite" not in title:
-            drifts = [f"{rounded(random_drift(name, dtype))}, {rounded(tiny_cascade_drift(calls, name, dtype))}"
-                      for dtype in (BF16, FP16)]
-            drifts.append(rounded(max(overflowing_drift(config, FP16, seed) for seed in range(5))) if config else "")
-        rows.append([title, *drifts, *(memory(title, dtype) for dtype in (torch.float32, BF16, FP16))])
+            drifts = []
+            for dtype in BF16, FP16:
+                pair = random_drift(name, dtype), tiny_cascade_drift(calls, name, dtype)
+                drifts.append(", ".join(map(rounded, pair)))
+            config = {"stage_c": STAGE_C, "stage_b": STAGE_B}.get(name)
+            large = [overflowing_drift(config, FP16, seed) for seed in range(5)] if config else []
+            drifts.append(rounded(max(large)) if large else "")
+        memories = [memory(title, dtype) for dtype in (torch.float32, BF16, FP16)]
+        rows.append([title, *drifts, *memories])
     head = ["network", "drift, bf16", "drift, fp16", "fp16, overflowing",
             "GB, fp32", "GB, bf16", "GB, fp16"]
     images = ", ".join(f"{image_drift(dtype):.1f} in {dtype}" for dtype in ("bf16", "fp16"))

@@ -61,7 +61,6 @@ import compare
 if __name__ == "__main__" and "--compare" in sys.argv:  # before PyTorch is imported: it need not be installed
     sys.exit(compare.main([argument for argument in sys.argv[1:] if argument != "--compare"]))
 
-import argparse
 import hashlib
 import json
 import re
@@ -157,9 +156,11 @@ class Trace:
 
     def after_network(self, network, args, output):
         self.output = output
-        outputs = {"out": output} if torch.is_tensor(output) else dict(zip(("hidden", "pooled"), output))
-        for name, tensor in outputs.items():
-            self.add(name, tensor, "out")
+        if torch.is_tensor(output):
+            self.add("out", output, "out")
+        else:
+            for name, tensor in zip(("hidden", "pooled"), output):
+                self.add(name, tensor, "out")
 
     def is_recorded(self, path):
         if not self.record or not self.patterns:
@@ -248,7 +249,7 @@ class Trace:
         return gains
 
     def save(self, path, used, compact=False, state=None):
-        """`compact`: tensors with the same values are stored once; see "same_as" in the graph. `state`: tensors beside the trace."""
+        """`compact`: tensors with the same values are stored once; see "same_as" in the graph. `state`: more tensors."""
         tensors = {name: tensor for name, tensor in self.tensors.items()
                    if not (compact and "same_as" in self.graph[name])}
         tolerances = json.loads(MANIFEST.read_text("utf-8"))["tolerances"]
@@ -267,7 +268,8 @@ class TracedCascade(cascade.Cascade):
 @torch.no_grad()
 def record(options):
     """The Trace of one image: Cascade.__call__, up to the last of the recorded stages."""
-    traced = TracedCascade(options.weights, options.device, options.dtype, options.lite, progress=True)
+    where = options.weights, options.device, options.dtype, options.lite
+    traced = TracedCascade(*where, progress=True)
     traced.trace = trace = Trace(options.stages, options.steps_recorded, options.blocks)
     last = max(map(STAGES.index, options.stages))
     text = traced.encode_prompt(options.prompt, options.negative)
@@ -328,13 +330,13 @@ def run(options):
 # ------------------------------------------------------------------------------ the command
 
 def parse(arguments):
-    parser = cascade.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = compare.Parser(__doc__)
     add, default = parser.add_argument, "(default: %(default)s)"
     add("prompt", nargs="?", default="a large red circle on a white background", help=default)
     one = parser.add_mutually_exclusive_group()
     one.add_argument("--out", default="trace.safetensors", type=Path, metavar="FILE", help=default)
     one.add_argument("--ranges", action="store_true", help="print the range of every tensor")
-    add("--compare", nargs=2, metavar=("TRACE", "OTHER"), help="see compare.py, whose options it takes")
+    add("--compare", nargs=2, metavar=("TRACE", "OTHER"), help="as compare.py, with its options")
     add("--stages", nargs="+", default=STAGES, choices=STAGES, help="the last one ends the run")
     add("--blocks", nargs="+", default=[], metavar="PATTERN", help="(default: see above)")
     add("--steps-recorded", nargs="+", type=int, default=[0, -1], metavar="N", help=default)
@@ -351,7 +353,7 @@ def parse(arguments):
 
 def main(arguments=None):
     """Returns the exit status: 0, or 2 after one line that says what went wrong."""
-    return compare.exit_status("trace.py", CascadeError, lambda: run(parse(arguments)))
+    return compare.exit_status("trace.py", lambda: run(parse(arguments)), CascadeError)
 
 
 if __name__ == "__main__":
