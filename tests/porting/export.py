@@ -2,7 +2,7 @@
 
     python tests/porting/export.py --size 1024 1024 --out onnx                              the tiny cascade
     python tests/porting/export.py --weights weights/official --lite --dtype bf16           width 1024, height 1024
-    python tests/porting/export.py --official-nodes 640 [--lite]                            counts nodes, writes nothing
+    python tests/porting/export.py --official-nodes [--lite]                                of networks without files
 
 Needs onnx and onnxscript. In Python, with the sides left open too (Stage B's must be multiples of 8):
 
@@ -28,24 +28,7 @@ from helpers import OFFICIAL
 from tiny import randomise
 
 import cascade
-from model import CascadeError, UNet, require
-
-
-class RandomOfficial:
-    """Takes the place of a Cascade: the official networks with random weights and all their blocks, but no level of a
-    UNet has more channels than `widest`. The optimiser folds operations on weights of at most 8,192 numbers, which the
-    official UNets rarely have; from 640 channels on the number of nodes does not depend on the width."""
-
-    def __init__(self, widest, lite):
-        self.widest, self.lite = widest, lite
-        self.dtypes = dict.fromkeys(cascade.NETWORKS, torch.float32)
-
-    def network(self, name):
-        network_class, config = OFFICIAL.get(f"{name}_lite" * self.lite, OFFICIAL[name])
-        if network_class is UNet:
-            widths = tuple(min(width, self.widest) for width in config.widths)
-            config = replace(config, widths=widths, c_cond=min(config.c_cond, self.widest))
-        return randomise(network_class(config), 0)
+from model import CascadeError, UNetConfig, require
 
 
 class Method(nn.Module):
@@ -69,11 +52,10 @@ def to_onnx(network, inputs):
     return torch.onnx.export(export(network, inputs), (), kwargs=inputs, verbose=False)
 
 
-def network_and_inputs(pipeline, name, width, height):
-    """A network of a cascade, and inputs of two rows for images of this size."""
+def with_inputs(network, name, width, height, dtype=torch.float32):
+    """A network, or one method of Stage A, and its inputs: two rows for images of this size."""
     name, _, method = name.partition(" ")
-    network = pipeline.network(name)
-    config, dtype, rows = network.config, pipeline.dtypes[name], 2
+    config, rows = network.config, 2
     Hc, Wc = cascade.semantic_sides(width, height, cascade.COMPRESSION)
     Hb, Wb = 2 * math.ceil(height / 8), 2 * math.ceil(width / 8)
 
@@ -99,6 +81,40 @@ def network_and_inputs(pipeline, name, width, height):
     return network, {"x": zeros(16, Hc, Wc)} | inputs
 
 
+# ------------------------------------------------------------------------------ nodes at official size
+
+def with_depths(config, depths):
+    """The same network with other numbers of layers, or of blocks of each kind in the levels of a UNet."""
+    if isinstance(config, UNetConfig):
+        units = ["RTA" if "A" in level else "RT" for level in config.down]
+        down = tuple(unit * depth for unit, depth in zip(units, depths))
+        return replace(config, down=down, up=down[::-1])
+    return replace(config, layers=depths[0]) if depths else config
+
+
+def official_nodes(name, lite, width, height):
+    """Every further layer, or group of blocks in a level, adds the same number of nodes. So the shallowest network and
+    those with one more of each tell the number for any depth, and little memory is needed."""
+    file = name.partition(" ")[0]
+    network_class, config = OFFICIAL.get(f"{file}_lite" if lite else file, OFFICIAL[file])
+    depths = [config.layers] if hasattr(config, "layers") else []
+    if isinstance(config, UNetConfig):
+        depths = [level.count("R") for level in config.down]
+
+    def count(depths):
+        network = randomise(network_class(with_depths(config, depths)), 0)
+        return len(to_onnx(*with_inputs(network, name, width, height)).model.graph)
+
+    ones = [1] * len(depths)
+    shallow = nodes = count(ones)
+    for i, depth in enumerate(depths):
+        deeper = [*ones[:i], 2, *ones[i + 1:]]
+        nodes += (depth - 1) * (count(deeper) - shallow)
+    return nodes
+
+
+# ------------------------------------------------------------------------------ the command
+
 NAMES = ("text_encoder", "stage_c", "stage_b", "stage_a decode", "stage_a encode",
          "effnet_encoder", "image_encoder", "previewer")
 
@@ -108,16 +124,18 @@ def run(options):
     width, height = options.size
     cascade.check(width=width, height=height)
     if options.official_nodes:
-        pipeline = RandomOfficial(options.official_nodes, options.lite)
-    else:
-        pipeline = cascade.Cascade(options.weights, dtype=options.dtype, lite=options.lite)
-        options.out.mkdir(parents=True, exist_ok=True)
+        for name in options.networks:
+            print(f"{name}: {official_nodes(name, options.lite, width, height)} nodes", flush=True)
+        return
+    pipeline = cascade.Cascade(options.weights, dtype=options.dtype, lite=options.lite)
+    options.out.mkdir(parents=True, exist_ok=True)
     for name in options.networks:
-        program = to_onnx(*network_and_inputs(pipeline, name, width, height))
+        file = name.partition(" ")[0]
+        network, dtype = pipeline.network(file), pipeline.dtypes[file]
+        program = to_onnx(*with_inputs(network, name, width, height, dtype))
         path = options.out / f"{name.replace(' ', '-')}.onnx"
-        if not options.official_nodes:
-            program.save(path)
-        print(f"{path}: {len(program.model.graph)} nodes", flush=True)
+        program.save(path)
+        print(f"{path}: {len(program.model.graph)} nodes")
 
 
 def main(arguments=None):
@@ -129,8 +147,7 @@ def main(arguments=None):
     add("--networks", nargs="+", default=NAMES, choices=NAMES, help="(default: all)")
     add("--lite", action="store_true", help="as in cascade.py")
     add("--dtype", default="fp32", choices=cascade.DTYPES, help=default)
-    add("--official-nodes", type=int, metavar="CHANNELS",
-        help="only count, with random weights and at most so many channels in the UNets")
+    add("--official-nodes", action="store_true", help="only count, with random weights")
     return exit_status("export.py", lambda: run(parser.parse_args(arguments)), CascadeError, OSError)
 
 
