@@ -3,8 +3,8 @@ from functools import cache
 
 import torch
 from export import Method, export
-from helpers import assert_same, noise, unet_inputs
-from tiny import STAGE_B, STAGE_C, networks
+from helpers import assert_same, noise
+from tiny import networks
 
 
 def text_inputs(batch):
@@ -16,8 +16,12 @@ def text_inputs(batch):
 
 # name -> its inputs for a batch
 INPUTS = {
-    "stage_c": lambda batch: unet_inputs(STAGE_C, rows=batch, height=5, tokens=77, images=1),
-    "stage_b": lambda batch: unet_inputs(STAGE_B, rows=batch, height=11, width=9),
+    "stage_c": lambda batch: {
+        "x": noise(batch, 16, 5, 6), "r": noise(batch).sigmoid(), "clip_img": noise(batch, 1, 24),
+        "clip_text_pooled": noise(batch, 1, 64), "clip_text": noise(batch, 77, 64)},
+    "stage_b": lambda batch: {
+        "x": noise(batch, 4, 22, 18), "r": noise(batch).sigmoid(),
+        "clip_text_pooled": noise(batch, 1, 64), "effnet": noise(batch, 16, 4, 3)},
     "stage_a encode": lambda batch: {"x": noise(batch, 3, 24, 32).sigmoid()},
     "stage_a decode": lambda batch: {"x": 30 * noise(batch, 4, 7, 9)},
     "effnet_encoder": lambda batch: {"image": noise(batch, 3, 64, 96).sigmoid()},

@@ -37,4 +37,5 @@ def test_the_peak_counts_the_storages_that_are_alive():
         y = (x + 1)[:10]                                # 8000: the slice holds all of them
         del x                                           # 4000
         y = y * 2                                       # 4040, then 40
-    assert (record.peak, record.live) == (8000, 40)
+    assert (record.peak, record.live_bytes) == (8000, 40)
+    assert record.peak_at == "add" and record.peak_shapes == {"1000": 8000}

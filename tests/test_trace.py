@@ -9,20 +9,15 @@ import trace
 from golden import torch_block
 from helpers import assert_same
 from safetensors.torch import load_file, save_file
-from tiny import write_folder
 
 import sampler
 from cascade import Cascade
 
 PROMPT, NEGATIVE = "a red circle", "blue"
 SIZE = "--width 130 --height 88".split()                # odd sides, and an image that is cropped
-RUN = [PROMPT, "--negative", NEGATIVE, *"--steps 3 --decoder-steps 2 --decoder-guidance 1.5 --seed 7".split()]
+FEW = "--steps 3 --decoder-steps 2 --decoder-guidance 1.5 --seed 7".split()
+RUN = [PROMPT, "--negative", NEGATIVE, *FEW]
 SAME = dict(steps=3, decoder_steps=2, seed=7)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_folder(tmp_path_factory.mktemp("tiny"), seed=4)
 
 
 def record(folder, out, *arguments):
@@ -121,8 +116,9 @@ def test_values_are_fp32_whatever_the_type_of_the_run(folder, tmp_path):
 def test_ranges_are_those_of_the_trace(folder, tensors, capsys):
     assert trace.main(["--weights", str(folder), *RUN, "--ranges", "--stages", "text_encoder"]) == 0
     hidden = tensors["text_encoder.hidden"]
-    values = hidden.min(), hidden.max(), hidden.std(correction=0)
-    assert f"| text_encoder.hidden | {' | '.join(f'{value:.4g}' for value in values)} |" in capsys.readouterr().out
+    least, most, std = hidden.min(), hidden.max(), hidden.std(correction=0)
+    row = f"| text_encoder.hidden | {least:.4g} | {most:.4g} | {std:.4g} |"
+    assert row in capsys.readouterr().out
 
 
 def test_an_outlier_is_a_channel_far_above_the_median_channel():
@@ -156,9 +152,10 @@ def test_the_example_in_the_docstring_runs_and_agrees(folder, path, tensors, tmp
 # ------------------------------------------------------------------------------ what goes wrong
 
 @pytest.mark.parametrize("arguments, message", [
-    ("--out nowhere/new.safetensors", "an existing folder"), ("--ranges", "not allowed with argument"),
+    ("--out nowhere/new.safetensors", "an existing folder"),
+    ("--ranges", "not allowed with argument"),
     ("--steps-recorded 0 3", "--steps-recorded 3: expected -3 to 2")])
-def test_a_mistake_ends_in_one_line_and_leaves_no_file(tmp_path, monkeypatch, capsys, arguments, message):
+def test_a_mistake_ends_in_one_line_without_a_file(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     assert trace.main([*RUN, "--out", "new.safetensors", *arguments.split()]) == 2
     last = capsys.readouterr().err.splitlines()[-1]

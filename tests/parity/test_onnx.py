@@ -1,9 +1,14 @@
 """Every network, exported to ONNX and run by onnxruntime, gives PyTorch's numbers for any batch."""
+from dataclasses import replace
+
 import export
 import pytest
 import torch
 from export import to_onnx
 from exporting import INPUTS, assert_same_for_any_batch, network
+from tiny import STAGE_B, randomise
+
+from model import UNet
 
 pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -39,10 +44,18 @@ def test_the_command_writes_a_network(folder, tmp_path, capsys):
     assert x.shape[1:] == [4, 16, 26] and "stage_b.onnx: " in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_the_nodes_of_a_deep_network_follow_from_those_of_shallow_ones(monkeypatch):
+    down = "RTRT", "RT", "RTARTARTA"
+    config = replace(STAGE_B, down=down, up=down[::-1], up_repeat=(2, 1, 1))
+    monkeypatch.setitem(export.OFFICIAL, "stage_b", (UNet, config))
+    program = to_onnx(*export.with_inputs(randomise(UNet(config), 0), "stage_b", 128, 128))
+    assert export.official_nodes("stage_b", False, 128, 128) == len(program.model.graph)
+
+
 @pytest.mark.parametrize("arguments, message", [
-    ("--size 9 9", "width: expected an integer from 64 to 8192, got 9"),
-    ("--out {file}", "cannot be made"), ("--networks stage_d", "invalid choice"),
-    ("--weights nowhere", "cannot open this folder")])
+    ("--size 9 9", "width: expected an integer from 64 to 8192, got 9"), ("--out {file}", "File exists"),
+    ("--networks stage_d", "invalid choice"), ("--weights nowhere", "cannot open this folder")])
 def test_a_mistake_ends_in_one_line(tmp_path, capsys, arguments, message):
     (tmp_path / "file").write_text("")
     assert export.main(arguments.format(file=tmp_path / "file").split()) == 2

@@ -5,11 +5,10 @@
     python tests/porting/bench.py --quick       tiny networks: shows that the benchmark runs; its times mean nothing
     python tests/porting/bench.py --device cuda --batches 1 4 [--compile]       also images per second, networks loaded
 
---write puts the table into PERFORMANCE.md. It runs on a Linux machine, with PyTorch's number of threads (OMP_NUM_THREADS changes it), in bf16
-where the device multiplies it, else on a CPU in fp32 and on CUDA in fp16. The files, 9 GB in bf16, are written to a
-temporary folder (TMPDIR chooses its place). tests/parity/requirements.txt names the peers.
+--write puts the table into PERFORMANCE.md. It runs on a Linux machine, with PyTorch's number of threads (OMP_NUM_THREADS
+changes it), in bf16 where the device multiplies it, else on a CPU in fp32 and on CUDA in fp16. The files, 9 GB in bf16,
+are written to a temporary folder (TMPDIR chooses its place). tests/parity/requirements.txt names the peers.
 """
-import argparse
 import json
 import os
 import subprocess
@@ -31,14 +30,19 @@ TESTS = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS), str(TESTS / "parity")]
 
 import tiny
+from compare import Parser, exit_status
 from helpers import OFFICIAL, on_meta, relative_error
+from operators import FOR_B, FOR_C
 from pages import PERFORMANCE_PAGE, table, write_section
 
 import model
 from cascade import DTYPES, NETWORKS, accumulate_in_fp32, default_dtype, tune_process
 
 TITLES = {"stage_a": "Stage A", "stage_b_lite": "Stage B lite, a step",
-          "stage_c_lite": "Stage C lite, a step with guidance", "text_encoder": "Text encoder, 2 prompts"}
+          "stage_c_lite": "Stage C lite, a step with guidance",
+          "text_encoder": "Text encoder, 2 prompts"}
+SHAPES = {"stage_a": {"z": (1, 4, 256, 256)}, "stage_b_lite": FOR_B, "stage_c_lite": FOR_C}
+QUICK = {24: 3, 256: 32, 1280: 64, 768: 24}             # official size -> tiny one
 FOLDERS = {"stage_c_lite": "prior_lite", "stage_b_lite": "decoder_lite", "stage_a": "vqgan"}
 END = tiny.TEXT.end                                     # of the tiny tokenizer, which replaces CLIP's here
 
@@ -70,23 +74,24 @@ def write_files(folder, quick, dtype):
 
 
 def inputs_of(name, quick, dtype):
-    """For one image: a step with guidance of Stage C, one without of Stage B; a prompt and a negative prompt."""
-    Hc, Hb, D, E = (3, 32, 64, 24) if quick else (24, 256, 1280, 768)
-
-    def randn(*shape):
-        return torch.randn(shape, dtype=dtype)
-
+    """Of one image: a step with guidance of Stage C, one without of Stage B; a prompt and a negative prompt."""
     if name == "text_encoder":
         ids, mask = torch.full((2, 77), END), torch.zeros(2, 77, dtype=torch.int64)
         ids[:, :8], mask[:, :9] = 65, 1
         return {"ids": ids, "mask": mask}
-    if name == "stage_a":
-        return {"z": randn(1, 4, Hb, Hb)}
-    if name == "stage_b_lite":  # diffusers does not round a time of 0
-        return {"x": randn(1, 4, Hb, Hb), "r": torch.zeros(1), "clip_text_pooled": randn(1, 1, D),
-                "effnet": randn(1, 16, Hc, Hc)}
-    return {"x": randn(2, 16, Hc, Hc), "r": torch.zeros(2), "clip_text_pooled": randn(2, 1, D),
-            "clip_text": randn(2, 77, D), "clip_img": torch.zeros(2, 1, E, dtype=dtype)}
+    inputs = {}
+    for key, shape in SHAPES[name].items():
+        shape = [QUICK.get(side, side) for side in shape] if quick else shape
+        inputs[key] = torch.randn(shape, dtype=dtype)
+        if key == "r":                                  # diffusers does not round a time of 0
+            inputs[key] = torch.zeros(shape)
+    return inputs
+
+
+def arguments_of(name, settings, quick):
+    """Of `our_call` and `peer_call`."""
+    dtype = DTYPES[settings["dtype"]]
+    return name, Path(settings["folder"]), dtype, inputs_of(name, quick, dtype), settings["device"]
 
 
 def our_call(name, folder, dtype, inputs, device, without=""):
@@ -108,8 +113,9 @@ def peer_call(name, folder, dtype, inputs, device):
     import peers
     inputs = {key: value.to(device) for key, value in inputs.items()}
     if name == "text_encoder":
-        peer = peers.CLIPTextModelWithProjection.from_pretrained(folder / name, dtype=dtype).to(device)
-        return lambda: peer(inputs["ids"], attention_mask=inputs["mask"]).text_embeds[:, None]
+        text = peers.CLIPTextModelWithProjection.from_pretrained(folder / name, dtype=dtype)
+        text.to(device)
+        return lambda: text(inputs["ids"], attention_mask=inputs["mask"]).text_embeds[:, None]
     network = peers.PaellaVQModel if name == "stage_a" else peers.StableCascadeUNet
     peer = network.from_pretrained(folder / FOLDERS[name], torch_dtype=dtype).eval().to(device)
     if name == "stage_a":
@@ -150,7 +156,8 @@ def seconds_of_a_call():
 
 def compare_calls(makers, arguments, rounds):
     """Median seconds of each, and the relative error between their outputs. Each has a process of its own."""
-    pools = [ProcessPoolExecutor(1, get_context("spawn"), prepare, (make, *arguments)) for make in makers]
+    context = get_context("spawn")
+    pools = [ProcessPoolExecutor(1, context, prepare, (make, *arguments)) for make in makers]
     outputs = [torch.from_numpy(pool.submit(first_output).result()) for pool in pools]
     times = [[pool.submit(seconds_of_a_call).result() for pool in pools] for _ in range(rounds)]
     for pool in pools:
@@ -161,14 +168,16 @@ def compare_calls(makers, arguments, rounds):
 # Programs for processes of their own: title -> ours, diffusers'.
 BEGIN = """
 import json, sys, time
-folder, dtype, device, count, compiled, side, steps, decoder_steps = json.loads(sys.argv[1])
+globals().update(json.loads(sys.argv[1]))               # folder, dtype, device, …: see main
 begin = time.perf_counter()
 """
 FINISH = """
 end = time.perf_counter()
 import torch
 status = dict(line.split(":", 1) for line in open("/proc/self/status"))
-peak = int(status["VmHWM"].split()[0]) * 1024 if device == "cpu" else torch.cuda.max_memory_allocated()
+peak = int(status["VmHWM"].split()[0]) * 1024
+if device != "cpu":
+    peak = torch.cuda.max_memory_allocated()
 print(json.dumps([end - begin, peak]))
 """
 LOAD = """
@@ -197,8 +206,8 @@ pipeline = StableCascadeCombinedPipeline(
     prior, text, tokenizer, DDPMWuerstchenScheduler()).to(device)
 def draw():
     generators = [torch.Generator("cpu").manual_seed(i) for i in range(count)]
-    return pipeline("a red circle", width=side, height=side, prior_num_inference_steps=steps,
-                    num_inference_steps=decoder_steps, num_images_per_prompt=count, generator=generators).images
+    return pipeline("a red circle", width=side, height=side, num_images_per_prompt=count, generator=generators,
+                    prior_num_inference_steps=steps, num_inference_steps=decoder_steps).images
 """
 IMAGE = """
 import cascade
@@ -222,7 +231,8 @@ cascade.accumulate_in_fp32()
 pipeline = cascade.Cascade(folder, device, dtype, lite=True, keep=True)
 unets = pipeline.network("stage_c"), pipeline.network("stage_b")
 def draw():
-    pipeline("a red circle", width=side, height=side, images=count, steps=steps, decoder_steps=decoder_steps)
+    pipeline("a red circle", width=side, height=side, images=count,
+             steps=steps, decoder_steps=decoder_steps)
 """ + TWICE, DIFFUSERS + "unets = prior, decoder" + TWICE
 PROGRAMS = {"import": ("import cascade", "from diffusers import StableCascadeCombinedPipeline"),
             "load": LOAD, "image": IMAGE}
@@ -233,84 +243,90 @@ def run_process(code, settings):
     path = os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-c", BEGIN + code + FINISH, json.dumps(settings)]
     begin = time.perf_counter()
-    run = subprocess.run(command, stdout=subprocess.PIPE, check=True, env=os.environ | {"PYTHONPATH": path})
+    output = subprocess.check_output(command, env=os.environ | {"PYTHONPATH": path})
     whole = time.perf_counter() - begin
-    return whole, *json.loads(run.stdout.splitlines()[-1])
+    return whole, *json.loads(output.splitlines()[-1])
+
+
+def medians_of(programs, settings, rounds):
+    """Seconds, seconds since `begin`, and bytes: of ours and of diffusers' each."""
+    runs = [[run_process(code, settings) for code in programs] for _ in range(rounds)]
+    return torch.tensor(runs, dtype=torch.float64).median(dim=0).values.T.tolist()
 
 
 # ------------------------------------------------------------------------------ the tables
 
-def compare_with_diffusers(folder, quick, dtype, settings, rounds, batches):
+def compare_with_diffusers(settings, quick, rounds, batches):
     def row(title, ours, theirs, unit="s", error=""):
         return title, f"{ours:.3g} {unit}", f"{theirs:.3g} {unit}", f"{ours / theirs:.2f}", error
 
     yield "", "ours", "diffusers", "ratio", "relative error"
     for name, title in TITLES.items():
-        arguments = name, folder, dtype, inputs_of(name, quick, dtype), settings[2]
         longer = rounds * 5 if name == "text_encoder" else rounds
-        ours, theirs, error = compare_calls((our_call, peer_call), arguments, longer)
-        yield row(title, ours, theirs, error=f"{error:.0e}")
-
-    def medians_of(codes):
-        """Seconds, seconds since `begin`, bytes of both."""
-        runs = [[run_process(code, settings) for code in codes] for _ in range(rounds)]
-        return torch.tensor(runs, dtype=torch.float64).median(dim=0).values.T.tolist()
-
-    medians = {title: medians_of(codes) for title, codes in PROGRAMS.items()}
+        *times, error = compare_calls((our_call, peer_call), arguments_of(name, settings, quick), longer)
+        yield row(title, *times, error=f"{error:.0e}")
+    medians = {title: medians_of(programs, settings, rounds) for title, programs in PROGRAMS.items()}
     yield row("Import and start", *medians["import"][0])
     yield row("Loading the lite pair", *medians["load"][1])
     yield row("Prompt to image, peak", *(peak / 1e9 for peak in medians["image"][2]), "GB")
-    yield row(f"Prompt to image, {settings[-2]} + {settings[-1]} steps", *medians["image"][0])
-    for settings[3] in batches:
-        _, times, peaks = medians_of(LOADED)
-        title = f"Batch of {settings[3]}, networks loaded{', UNets compiled' if settings[4] else ''}"
-        yield row(title, *(settings[3] / each for each in times), "images/s")
+    steps = f"{settings['steps']} + {settings['decoder_steps']} steps"
+    yield row(f"Prompt to image, {steps}", *medians["image"][0])
+    for count in batches:
+        _, times, peaks = medians_of(LOADED, settings | {"count": count}, rounds)
+        compiled = ", UNets compiled" * settings["compiled"]
+        title = f"Batch of {count}, networks loaded{compiled}"
+        yield row(title, *(count / each for each in times), "images/s")
         yield row(f"{title}: peak", *(peak / 1e9 for peak in peaks), "GB")
 
 
-def gains(folder, quick, dtype, settings, rounds, batches):
+def gains(settings, quick, rounds, batches):
     yield "without", "network", "seconds with it", "without it", "ratio", "relative error"
     for without in "attention by head", "allocator tuning":
         for name, title in TITLES.items():
             if (without, name) == ("attention by head", "stage_a"):
                 continue                                # it has none
-            arguments = name, folder, dtype, inputs_of(name, quick, dtype), settings[2]
             makers = our_call, partial(our_call, without=without)
-            ours, other, error = compare_calls(makers, arguments, rounds)
+            ours, other, error = compare_calls(makers, arguments_of(name, settings, quick), rounds)
             yield without, title, f"{ours:.3g}", f"{other:.3g}", f"{ours / other:.2f}", f"{error:.0e}"
 
 
+def fastest_dtype(device):
+    if device == "cpu":
+        return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
+    return "bf16" if default_dtype(torch.device(device)) == torch.bfloat16 else "fp16"
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    parser = Parser(__doc__)
     for option in ("--quick", "--gains", "--write", "--compile"):
         parser.add_argument(option, action="store_true")
     parser.add_argument("--rounds", type=int, default=3, help="of which the median is taken (default: 3)")
     parser.add_argument("--dtype", choices=DTYPES)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--batches", type=int, nargs="+", default=[], help="of images, with the networks loaded")
+    parser.add_argument("--batches", type=int, nargs="+", default=[], help="of images, networks loaded")
     options = parser.parse_args()
-    chip = "cpu"
-    if options.device != "cpu":
-        chip = torch.cuda.get_device_name(options.device)
-        has_bf16 = default_dtype(torch.device(options.device)) == torch.bfloat16
-    options.dtype = options.dtype or ("bf16" if has_bf16 else "fp32" if chip == "cpu" else "fp16")
-    dtype, rounds = DTYPES[options.dtype], 1 if options.quick else options.rounds
-    versions = [f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers")]
-    head = (f"{', '.join(versions)}; {chip}, {torch.get_num_threads()} threads, {options.dtype}, "
-            f"{matrix_rate(dtype, options.device) / 1e12:.2g} TFLOP/s in a matrix product.\n")
+    device, dtype = options.device, options.dtype or fastest_dtype(options.device)
+    chip = "cpu" if device == "cpu" else torch.cuda.get_device_name(device)
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers"))
+    head = (f"{packages}; {chip}, {torch.get_num_threads()} threads, {dtype}, "
+            f"{matrix_rate(DTYPES[dtype], device) / 1e12:.2g} TFLOP/s in a matrix product.\n")
     print(head)
+    settings = {"dtype": dtype, "device": device, "count": 1, "compiled": options.compile}
+    if options.quick:
+        settings |= {"side": 128, "steps": 2, "decoder_steps": 1}
+    else:
+        settings |= {"side": 1024, "steps": 20, "decoder_steps": 10}
+    measure = gains if options.gains else compare_with_diffusers
+    rounds, rows = 1 if options.quick else options.rounds, []
     with tempfile.TemporaryDirectory() as folder:
-        write_files(Path(folder), options.quick, dtype)
-        settings = [folder, options.dtype, options.device, 1, options.compile, *((128, 2, 1) if options.quick else (1024, 20, 10))]
-        rows, measure = [], gains if options.gains else compare_with_diffusers
-        for row in measure(Path(folder), options.quick, dtype, settings, rounds, options.batches):
+        write_files(Path(folder), options.quick, DTYPES[dtype])
+        for row in measure(settings | {"folder": folder}, options.quick, rounds, options.batches):
             print("| " + " | ".join(row) + " |", flush=True)
             rows.append(row)
     if options.write:
-        name = "gains" if options.gains else "benchmark" if chip == "cpu" else "cuda"
-        write_section(PERFORMANCE_PAGE, name, f"{head}\n{table(rows[0], rows[1:])}")
+        section = "gains" if options.gains else "benchmark" if device == "cpu" else "cuda"
+        write_section(PERFORMANCE_PAGE, section, f"{head}\n{table(rows[0], rows[1:])}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status("bench.py", main))

@@ -52,28 +52,26 @@ class Tensors:
             self.header = json.loads(bytes(self.bytes[8:8 + length]))
             self.metadata = self.header.pop("__metadata__", {})
             self.bytes = self.bytes[8 + length:]
-            for name in self.header:
-                self.check(name)
+            for name in self.header:                    # all of them are there, as long as the header says
+                self.stored(name)
         except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             reason = str(error).replace("\n", " ")
             raise FileError(f"{path}: not a readable safetensors file ({reason})") from error
 
-    def check(self, name):
+    def stored(self, name):
+        """As it is in the file; bf16 as 16 bits."""
         entry = self.header[name]
         begin, end = entry["data_offsets"]
-        size = np.dtype(TYPES[entry["dtype"]]).itemsize * math.prod(entry["shape"])
-        if not 0 <= begin <= end <= len(self.bytes) or end - begin != size:
-            raise ValueError(f"{name} is cut off")
+        return self.bytes[begin:end].view(TYPES[entry["dtype"]]).reshape(entry["shape"])
 
     def __contains__(self, name):
         return name in self.header
 
     def __getitem__(self, name):
-        entry = self.header[name]
-        data = self.bytes[slice(*entry["data_offsets"])].view(TYPES[entry["dtype"]])
-        if entry["dtype"] == "BF16":                    # the upper half of an fp32
+        data = self.stored(name)
+        if self.header[name]["dtype"] == "BF16":        # the upper half of an fp32
             data = (data.astype("<u4") << 16).view("<f4")
-        return data.reshape(entry["shape"])
+        return data
 
 
 class Trace(Tensors):
@@ -122,15 +120,17 @@ class Result:
 
 def measure(name, kind, ours, theirs):
     ours, theirs = np.squeeze(ours), np.squeeze(np.asarray(theirs))
+    note = ""
     if ours.shape != theirs.shape:
         note = f"expected shape {ours.shape}, got {theirs.shape}; is one channels-first?"
+    elif not np.isfinite(theirs).all():
+        note = "not finite"
+    if note:
         return Result(name, kind, math.inf, math.inf, 0.0, -math.inf, note=note)
     if ours.dtype.kind != "f":
         part = float(np.mean(ours != theirs))
         return Result(name, kind, part, part, 1 - part, math.inf)
     ours, theirs = ours.astype(np.float64), theirs.astype(np.float64)
-    if not np.isfinite(theirs).all():
-        return Result(name, kind, math.inf, math.inf, 0.0, -math.inf, note="not finite")
     difference, centred, other = theirs - ours, ours - ours.mean(), theirs - theirs.mean()
     rmse, largest = math.sqrt(np.mean(difference ** 2)), float(np.abs(ours).max(initial=0))
     scale = float(ours.std()) or largest or 1.0
@@ -200,6 +200,10 @@ def teacher_force(trace, block, number_format="fp32"):
     return results
 
 
+def first_wrong(results):
+    return next((result for result in results if result.wrong), None)
+
+
 # ------------------------------------------------------------------------------ the report
 
 def summary(names):
@@ -214,7 +218,7 @@ def report(results):
     for r in sorted(results, key=lambda r: r.growth, reverse=True)[:ROWS]:
         lines.append(f"{r.growth:8.3g} {r.limit:8.3g} {r.error:8.1e} {r.maximum:8.1e} "
                      f"{r.snr:6.1f} {r.pcc:11.8f}  {r.name} ({r.kind})")
-    wrong = next((r for r in results if r.wrong), None)
+    wrong = first_wrong(results)
     if wrong is None:
         lines.append(f"all agree: largest error {max(r.error for r in results):.1e}")
     else:
@@ -238,10 +242,11 @@ def run(options):
         raise FileError(f"{options.other}: holds none of the trace's names, such as {first}")
     missing = [name for name in trace.graph if name not in other]
     unknown = [name for name in other.header if name not in trace]
-    wrong = next((result.name for result in results if result.wrong), None)
+    wrong = first_wrong(results)
     if options.json:
         tensors = [without_infinity(asdict(result)) for result in results]
-        found = {"first_wrong": wrong, "missing": missing, "unknown": unknown, "tensors": tensors}
+        name = wrong.name if wrong else None
+        found = {"first_wrong": name, "missing": missing, "unknown": unknown, "tensors": tensors}
         print(json.dumps(found))
     else:
         count = f"{len(results)} of {len(trace.graph)} tensors compared"
@@ -254,18 +259,21 @@ def run(options):
 
 
 class Parser(argparse.ArgumentParser):
+    def __init__(self, text):
+        super().__init__(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+
     def error(self, message):
         raise FileError(message)
 
 
-def exit_status(program, expected_error, command):
-    """Runs a command -> its exit status (none is 0), or 2 after one line about an expected error. A closed pipe, as of
-    `head`, is no error."""
+def exit_status(program, command, *expected_errors):
+    """Runs a command -> its exit status (none is 0), or 2 after one line about an expected error.
+    A closed pipe, as of `head`, is no error."""
     try:
         status = command() or 0
         sys.stdout.flush()
         return status
-    except expected_error as error:
+    except (FileError, *expected_errors) as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
@@ -274,14 +282,12 @@ def exit_status(program, expected_error, command):
 
 
 def main(arguments=None):
-    parser = Parser(
-        prog="compare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("trace")
-    add("other")
-    add("--type", default="fp32", choices=("fp32", "bf16", "fp16"), help="what the port computes in")
-    add("--json", action="store_true", help="all results, as one JSON object")
-    return exit_status("compare.py", FileError, lambda: run(parser.parse_args(arguments)))
+    parser = Parser(__doc__)
+    parser.add_argument("trace")
+    parser.add_argument("other")
+    parser.add_argument("--type", default="fp32", choices=("fp32", "bf16", "fp16"), help="of the port")
+    parser.add_argument("--json", action="store_true", help="all results, as one JSON object")
+    return exit_status("compare.py", lambda: run(parser.parse_args(arguments)))
 
 
 if __name__ == "__main__":

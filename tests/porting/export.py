@@ -2,6 +2,7 @@
 
     python tests/porting/export.py --size 1024 1024 --out onnx                              the tiny cascade
     python tests/porting/export.py --weights weights/official --lite --dtype bf16           width 1024, height 1024
+    python tests/porting/export.py --official-nodes [--lite]                                of networks without files
 
 Needs onnx and onnxscript. In Python, with the sides left open too (Stage B's must be multiples of 8):
 
@@ -10,19 +11,24 @@ Needs onnx and onnxscript. In Python, with the sides left open too (Stage B's mu
     program = torch.export.export(network, (), inputs, dynamic_shapes=shapes)
     torch.onnx.export(program, (), kwargs=inputs).save("stage_b.onnx")
 """
-import argparse
 import math
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+TESTS = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(TESTS.parent), str(TESTS)]
+
+from compare import Parser, exit_status
+from helpers import OFFICIAL
+from tiny import randomise
 
 import cascade
-from model import CascadeError, require
+from model import CascadeError, UNetConfig, require
 
 
 class Method(nn.Module):
@@ -46,11 +52,10 @@ def to_onnx(network, inputs):
     return torch.onnx.export(export(network, inputs), (), kwargs=inputs, verbose=False)
 
 
-def network_and_inputs(pipeline, name, width, height):
-    """A network of a cascade, and inputs of two rows for images of this size."""
+def with_inputs(network, name, width, height, dtype=torch.float32):
+    """A network, or one method of Stage A, and its inputs: two rows for images of this size."""
     name, _, method = name.partition(" ")
-    network = pipeline.network(name)
-    config, dtype, rows = network.config, pipeline.dtypes[name], 2
+    config, rows = network.config, 2
     Hc, Wc = cascade.semantic_sides(width, height, cascade.COMPRESSION)
     Hb, Wb = 2 * math.ceil(height / 8), 2 * math.ceil(width / 8)
 
@@ -76,32 +81,65 @@ def network_and_inputs(pipeline, name, width, height):
     return network, {"x": zeros(16, Hc, Wc)} | inputs
 
 
-NAMES = ("text_encoder", "stage_c", "stage_b", "stage_a decode", "stage_a encode", "effnet_encoder", "image_encoder",
-         "previewer")
+# ------------------------------------------------------------------------------ nodes at official size
+
+def with_depths(config, depths):
+    """The same network with other numbers of layers, or of blocks of each kind in the levels of a UNet."""
+    if isinstance(config, UNetConfig):
+        units = ["RTA" if "A" in level else "RT" for level in config.down]
+        down = tuple(unit * depth for unit, depth in zip(units, depths))
+        return replace(config, down=down, up=down[::-1])
+    return replace(config, layers=depths[0]) if depths else config
+
+
+def official_nodes(name, lite, width, height):
+    """Every further layer, or group of blocks in a level, adds the same number of nodes. So the shallowest network and
+    those with one more of each tell the number for any depth, and little memory is needed."""
+    file = name.partition(" ")[0]
+    network_class, config = OFFICIAL.get(f"{file}_lite" if lite else file, OFFICIAL[file])
+    depths = [config.layers] if hasattr(config, "layers") else []
+    if isinstance(config, UNetConfig):
+        depths = [level.count("R") for level in config.down]
+
+    def count(depths):
+        network = randomise(network_class(with_depths(config, depths)), 0)
+        return len(to_onnx(*with_inputs(network, name, width, height)).model.graph)
+
+    ones = [1] * len(depths)
+    shallow = nodes = count(ones)
+    for i, depth in enumerate(depths):
+        deeper = [*ones[:i], 2, *ones[i + 1:]]
+        nodes += (depth - 1) * (count(deeper) - shallow)
+    return nodes
+
+
+# ------------------------------------------------------------------------------ the command
+
+NAMES = ("text_encoder", "stage_c", "stage_b", "stage_a decode", "stage_a encode",
+         "effnet_encoder", "image_encoder", "previewer")
 
 
 def run(options):
-    require(find_spec("onnxscript"), "export.py needs onnx and onnxscript: pip install onnx onnxscript")
+    require(find_spec("onnxscript"), "expected onnx and onnxscript: pip install onnx onnxscript")
     width, height = options.size
     cascade.check(width=width, height=height)
+    if options.official_nodes:
+        for name in options.networks:
+            print(f"{name}: {official_nodes(name, options.lite, width, height)} nodes", flush=True)
+        return
     pipeline = cascade.Cascade(options.weights, dtype=options.dtype, lite=options.lite)
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CascadeError(f"--out {options.out}: cannot be made ({error.strerror})") from error
+    options.out.mkdir(parents=True, exist_ok=True)
     for name in options.networks:
-        program = to_onnx(*network_and_inputs(pipeline, name, width, height))
+        file = name.partition(" ")[0]
+        network, dtype = pipeline.network(file), pipeline.dtypes[file]
+        program = to_onnx(*with_inputs(network, name, width, height, dtype))
         path = options.out / f"{name.replace(' ', '-')}.onnx"
-        try:
-            program.save(path)
-        except OSError as error:
-            raise CascadeError(f"{path}: cannot be written ({error.strerror})") from error
+        program.save(path)
         print(f"{path}: {len(program.model.graph)} nodes")
 
 
 def main(arguments=None):
-    """Returns the exit status: 0, or 2 after one line that says what went wrong."""
-    parser = cascade.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add, default = parser.add_argument, "(default: %(default)s)"
     add("--size", nargs=2, type=int, default=(1024, 1024), metavar=("WIDTH", "HEIGHT"), help=default)
     add("--out", type=Path, default=Path("out"), metavar="FOLDER", help=default)
@@ -109,12 +147,8 @@ def main(arguments=None):
     add("--networks", nargs="+", default=NAMES, choices=NAMES, help="(default: all)")
     add("--lite", action="store_true", help="as in cascade.py")
     add("--dtype", default="fp32", choices=cascade.DTYPES, help=default)
-    try:
-        run(parser.parse_args(arguments))
-        return 0
-    except CascadeError as error:
-        print(f"export.py: {error}", file=sys.stderr)
-        return 2
+    add("--official-nodes", action="store_true", help="only count, with random weights")
+    return exit_status("export.py", lambda: run(parser.parse_args(arguments)), CascadeError, OSError)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ The tolerances are measured: the networks run in fp32 with AVX2, with the plain 
 compared with fp32. `floor` is the largest error of a block with exact inputs, `growth` and `total` are MARGIN times the
 largest values of a whole run.
 """
-import argparse
 import hashlib
 import json
 import os
@@ -24,7 +23,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -56,7 +55,8 @@ IMAGE = ["a large red circle on a blue background",
          *"--width 64 --height 64 --steps-recorded 0 19".split()]
 DTYPES = cascade.DTYPES | {"fp64": torch.float64}
 cascade.ENDINGS[torch.float64] = cascade.ENDINGS[torch.float32]
-# The correct runs of each number format: types, or processor features for another process.
+# The correct runs of each number format: types, or processor features for another process. The first is also the type of
+# blocks that are given exact inputs.
 RUNS = {"fp32": ("fp64", "avx2", "default"), "bf16": ("bf16",), "fp16": ("fp16",)}
 ROUNDING = {"fp32": 6e-8, "bf16": 2e-3, "fp16": 2.4e-4}     # no floor is lower
 
@@ -170,25 +170,26 @@ def write_all(recorded, dtype, folder):
 
 # ------------------------------------------------------------------------------ tolerances
 
+def attention_mask(mask, dtype=torch.float32):
+    """The text encoder's causal mask and padding mask (B, L), as its layers read them."""
+    causal = torch.ones(mask.shape[1], mask.shape[1]).tril().bool()
+    visible = causal & mask.bool()[:, None, None]
+    return torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, -torch.inf)
+
+
 def torch_block(networks, dtype=torch.float32):
     """PyTorch's blocks, for compare.teacher_force; networks {name: network}."""
     @torch.no_grad()
     def block(name, inputs):
         stage, path = name.split(".", 1)
         path = ".".join(part for part in path.split(".") if not part.startswith(("step-", "pass-")))
-        module, given = networks[stage].get_submodule(path), {}
+        module = networks[stage].get_submodule(path)
+        given = {key: cast(torch.tensor(value), dtype) for key, value in inputs.items()}
         is_unet = stage in ("stage_c", "stage_b") and not path.startswith("clip")
-        upcast = dtype == torch.float16 and is_unet
-        for key, value in inputs.items():
-            value = given[key] = torch.tensor(value)
-            if value.is_floating_point() and (key == "cond" or not upcast):
-                given[key] = value.to(dtype)            # in fp16 the UNets' feature maps stay fp32
-        mask = given.get("mask")
-        if mask is not None:
-            causal = torch.ones(mask.shape[1], mask.shape[1]).tril().bool()
-            visible = causal & mask.bool()[:, None, None]
-            attn_mask = torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, -torch.inf)
-            output = module(given["x"], attn_mask)
+        if dtype == torch.float16 and is_unet:          # feature maps and time embeddings stay fp32
+            given |= {key: torch.tensor(value) for key, value in inputs.items() if key != "cond"}
+        if "mask" in given:
+            output = module(given["x"], attention_mask(given["mask"], dtype))
         elif isinstance(module, (model.ResidualBlock, model.TimestepBlock, model.AttentionBlock)):
             output = module(given["x"], *(given.get(key) for key in ("t_emb", "cond", "skip")))
         else:
@@ -207,9 +208,10 @@ def run(kind, source, folder):
     subprocess.run(command, env=environment, check=True, capture_output=True)
 
 
-def measure_floors(traces, source, number_format, dtype):
+def measure_floors(traces, source, number_format):
     """The largest error of every kind of block with exact inputs."""
-    floors = defaultdict(lambda: ROUNDING[number_format])
+    dtype = DTYPES[RUNS[number_format][0]]
+    floors = Counter()
     for name, exact in traces.items():
         if name == "tiny":
             pipeline = cascade.Cascade(device="cpu", keep=True)
@@ -217,7 +219,7 @@ def measure_floors(traces, source, number_format, dtype):
         else:
             networks = {name: stored_network(name, source)[0].to(dtype)}
         for result in compare.teacher_force(exact, torch_block(networks, dtype), number_format):
-            floors[result.kind] = max(floors[result.kind], result.error)
+            floors[result.kind] = max(floors[result.kind], result.error, ROUNDING[number_format])
     floors["other"] = max(floors.values())
     return floors
 
@@ -225,36 +227,30 @@ def measure_floors(traces, source, number_format, dtype):
 def measure_tolerances(folder):
     """{number format: {kind: {"floor", "growth", "total"}}}; `folder` holds the fp32 run."""
     traces = {name: compare.Trace(folder / f"{name}.safetensors") for name in (*CONFIGS, "tiny")}
-    anything = {"other": {"floor": 1, "growth": 1, "total": 1}}
-    for exact in traces.values():
-        exact.tolerances = dict.fromkeys(RUNS, anything)
-    exact_runs = {"fp32": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
-    floors = {key: measure_floors(traces, folder, key, dtype) for key, dtype in exact_runs.items()}
-    growth, total = Counter(), Counter()                # by number format and kind
+    found = {}
     for number_format, kinds in RUNS.items():
-        floor = floors[number_format]
-        tolerances = {kind: {"floor": floor[kind], "growth": 0, "total": 0} for kind in floor}
-        for exact in traces.values():
-            exact.tolerances = {number_format: tolerances}
+        floors = measure_floors(traces, folder, number_format)
+        tolerances = {kind: {"floor": floors[kind], "growth": 0, "total": 0} for kind in floors}
+        growth, total = Counter(), Counter()            # by kind of tensor
         for kind in kinds:
             with tempfile.TemporaryDirectory() as other:
                 run(kind, folder, Path(other))
                 for name, exact in traces.items():
+                    exact.tolerances[number_format] = tolerances
                     theirs = compare.Tensors(f"{other}/{name}.safetensors")
                     for result in compare.compare(exact, theirs, number_format):
-                        key = number_format, result.kind
-                        total[key] = max(total[key], result.error)
+                        total[result.kind] = max(total[result.kind], result.error)
                         if result.incoming is not None:
-                            growth[key] = max(growth[key], result.growth)
-    found = {number_format: {} for number_format in floors}
-    for number_format, kind in total:
-        floor = floors[number_format]
-        found[number_format][kind] = {
-            "floor": rounded(floor.get(kind, floor["other"])),
-            "growth": rounded(MARGIN * max(growth[number_format, kind], 1)),
-            "total": rounded(MARGIN * max(total[number_format, kind], floor.get(kind, 0)))}
-    for kinds in found.values():
-        kinds["other"] = {key: max(tolerance[key] for tolerance in kinds.values()) for key in anything["other"]}
+                            growth[result.kind] = max(growth[result.kind], result.growth)
+        found[number_format] = {}
+        for kind in total:
+            found[number_format][kind] = {
+                "floor": rounded(floors[kind] or floors["other"]),
+                "growth": rounded(MARGIN * max(growth[kind], 1)),
+                "total": rounded(MARGIN * max(total[kind], floors[kind]))}
+        largest = {key: max(tolerance[key] for tolerance in found[number_format].values())
+                   for key in ("floor", "growth", "total")}
+        found[number_format]["other"] = largest
     return found
 
 
@@ -272,9 +268,7 @@ def operators():
     def draw(*shape):                                   # exact in bf16, the same on every machine
         return torch.randint(-200, 201, shape, generator=generator) / 128
 
-    causal = torch.ones(7, 7).tril().bool()
-    visible = causal & (torch.arange(7) < torch.tensor([[3], [7]]))[:, None, None]
-    attn_mask = torch.zeros(2, 1, 7, 7).masked_fill(~visible, -torch.inf)
+    attn_mask = attention_mask(torch.arange(7) < torch.tensor([[3], [7]]))
     cases = {                                           # name -> layer or function, inputs by name
         "grn": (model.GlobalResponseNorm(6), {"x": draw(1, 3, 5, 6)}),
         "grn_near_zero": (model.GlobalResponseNorm(6), {"x": 1e-6 * draw(1, 3, 5, 6)}),
@@ -339,12 +333,12 @@ def constants():
 
 def constants_section(found):
     """Frequencies, times and noise as PORTING.md prints them."""
-    def lines(values):
-        return "\n".join(" ".join(values[i:i + 12]) for i in range(0, len(values), 12))
-
-    parts = [f"frequencies\n{lines(found['frequencies'])}"]
-    parts += [f"times of {steps} steps\n{lines(values)}" for steps, values in found["times"].items()]
-    rows = []
+    words = {"frequencies": found["frequencies"]}
+    words |= {f"times of {steps} steps": values for steps, values in found["times"].items()}
+    parts, rows = [], []
+    for title, values in words.items():
+        parts.append(title)
+        parts += [" ".join(values[i:i + 12]) for i in range(0, len(values), 12)]
     for seed, values in found["noise_of_84_values"].items():
         rows.append([seed, *(f"{value:.5f}" for value in values[:8])])
     return "```text\n" + "\n".join(parts) + "\n```\n\n" + table(["seed", *range(8)], rows)
@@ -360,10 +354,8 @@ def write_json(path, values):
 
 def weights_digest():
     """Of the tiny cascade's files."""
-    digest = hashlib.sha256()
-    for path in sorted(cascade.TINY.rglob("*.safetensors")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+    files = sorted(cascade.TINY.rglob("*.safetensors"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
 def manifest(tolerances, recorded, vectors):
@@ -377,36 +369,23 @@ def manifest(tolerances, recorded, vectors):
     return {"made": made, "tolerances": tolerances, "files": files}
 
 
-def main(arguments=None):
-    """Returns the exit status: 0, or 2 after one line that says what went wrong."""
-    parser = cascade.Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--record", nargs=2, type=Path, metavar=("SOURCE", "FOLDER"), help="see above")
-    try:
-        options = parser.parse_args(arguments)
-        if options.record:
-            run("fp32", *options.record)
-            return 0
-        GOLDEN.mkdir(exist_ok=True)
-        if not trace.MANIFEST.exists():
-            write_json(trace.MANIFEST, {"tolerances": {}})
-        recorded = record_all("fp32", {name: draw_network(name) for name in CONFIGS})
-        vectors = operators()
-        with tempfile.TemporaryDirectory() as folder:
-            write_all(recorded, "fp32", Path(folder))
-            tolerances = measure_tolerances(Path(folder))
-        write_json(trace.MANIFEST, manifest(tolerances, recorded, vectors))
-        write_all(recorded, "fp32", GOLDEN)
-        cascade.write_file(GOLDEN / "operators.safetensors", save(vectors))
-        write_json(GOLDEN / "constants.json", constants())
-        write_section(PORTING_PAGE, "constants", constants_section(constants()))
-        print(f"{GOLDEN}: {sum(path.stat().st_size for path in GOLDEN.iterdir()) / 1e6:.1f} MB")
-        return 0
-    except (CascadeError, compare.FileError) as error:
-        print(f"golden.py: {error}", file=sys.stderr)
-        return 2
+def main():
+    parser = compare.Parser(__doc__)
+    parser.add_argument("--record", nargs=2, type=Path, metavar=("SOURCE", "FOLDER"), help="see above")
+    options = parser.parse_args()
+    if options.record:
+        return run("fp32", *options.record)
+    recorded = record_all("fp32", {name: draw_network(name) for name in CONFIGS})
+    vectors = operators()
+    write_all(recorded, "fp32", GOLDEN)
+    tolerances = measure_tolerances(GOLDEN)
+    write_json(trace.MANIFEST, manifest(tolerances, recorded, vectors))
+    write_all(recorded, "fp32", GOLDEN)                 # with the new tolerances
+    cascade.write_file(GOLDEN / "operators.safetensors", save(vectors))
+    write_json(GOLDEN / "constants.json", constants())
+    write_section(PORTING_PAGE, "constants", constants_section(constants()))
+    print(f"{GOLDEN}: {sum(path.stat().st_size for path in GOLDEN.iterdir()) / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(compare.exit_status("golden.py", main, CascadeError))

@@ -28,7 +28,8 @@ BF16 = torch.bfloat16
 TOKENS = {"ids": (2, 77), "mask": (2, 77)}
 FOR_C = {"x": (2, 16, 24, 24), "r": (2,), "clip_text_pooled": (2, 1, 1280),
          "clip_text": (2, 77, 1280), "clip_img": (2, 1, 768)}
-FOR_B = {"x": (1, 4, 256, 256), "r": (1,), "clip_text_pooled": (1, 1, 1280), "effnet": (1, 16, 24, 24)}
+FOR_B = {"x": (1, 4, 256, 256), "r": (1,), "clip_text_pooled": (1, 1, 1280),
+         "effnet": (1, 16, 24, 24)}
 TYPES = {"ids": torch.int64, "mask": torch.int64, "r": torch.float32}      # all others are bf16
 # title -> official network, method, inputs, calls for one image of 1024x1024
 NETWORKS = {"Text encoder": ("text_encoder", "forward", TOKENS, 1),
@@ -76,6 +77,11 @@ def attention_trap(args):
     return args["query"].shape != args["key"].shape and "the condition's keys come after the image's"
 
 
+def layer_norm_trap(args):
+    eps = f"eps {args['eps']:g}"
+    return eps if args["weight"] is not None else f"{eps}, no scale or shift"
+
+
 SHUFFLED = "channel is c·p² + row·p + column"
 # What a port gets wrong, read from an operator's arguments: (operator, function that returns it, or False).
 TRAPS = (("gelu", lambda args: args["approximate"] == "none" and "exact, with erf"),
@@ -86,7 +92,7 @@ TRAPS = (("gelu", lambda args: args["approximate"] == "none" and "exact, with er
     ("conv2d", lambda args: args["groups"] > 1 and "depthwise"),
     ("conv2d", lambda args: args["stride"] != [1, 1] and f"stride {args['stride'][0]}"),
     ("batch_norm", lambda args: f"training={args['training']}: running statistics, eps {args['eps']:g}"),
-    ("layer_norm", lambda args: f"eps {args['eps']:g}" + ", no scale or shift" * (args["weight"] is None)),
+    ("layer_norm", layer_norm_trap),
     ("scaled_dot_product_attention", attention_trap),
     ("pixel_shuffle", lambda args: args["upscale_factor"] > 1 and SHUFFLED),
     ("pixel_unshuffle", lambda args: args["downscale_factor"] > 1 and SHUFFLED),
@@ -100,26 +106,29 @@ class Record(TorchDispatchMode):
     rows        (operator, shapes, type, trap) -> how often it ran ("count"), "flops", and bytes "moved": every input
                 read once, every output written once
     held        storage -> number of its tensors
-    live, peak  bytes of the activations alive, and the maximum of that
+    live        storage -> bytes and shape of an activation that is alive
+    peak        the largest sum of these bytes; `peak_shapes`: {shape: bytes} then; `peak_at`: while this operator ran
     largest     bytes and shape of the largest result
     """
 
     def __init__(self):
         super().__init__()
-        self.rows, self.held = defaultdict(Counter), Counter()
-        self.live, self.peak, self.largest = 0, 0, (0, "")
+        self.rows, self.held, self.live = defaultdict(Counter), Counter(), {}
+        self.peak, self.peak_at, self.peak_shapes = 0, "", Counter()
+        self.largest = 0, ""
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         result = operator(*args, **kwargs)
         inputs, outs = tensors((args, kwargs)), tensors(result)
+        name = operator._schema.name.removeprefix("aten::")
         for out in outs:
-            self.hold(out)
+            self.hold(out, name)
         storages = {tensor.untyped_storage()._cdata for tensor in inputs}
         if all(out.untyped_storage()._cdata in storages for out in outs):
             return result
-        out, name = outs[0], operator._schema.name.removeprefix("aten::")
-        arguments = {argument.name: argument.default_value for argument in operator._schema.arguments}
+        out = outs[0]
+        arguments = {each.name: each.default_value for each in operator._schema.arguments}
         arguments |= dict(zip(arguments, args)) | kwargs
         traps = [trap(arguments) for other, trap in TRAPS if other == name]
         traps.append(out.dtype == torch.float32 and "stays fp32")
@@ -131,20 +140,28 @@ class Record(TorchDispatchMode):
         self.largest = max(self.largest, (size(out), shape(out)))
         return result
 
-    def hold(self, tensor):
+    def hold(self, tensor, operator):
         """Counts a storage from its first tensor to the end of its last."""
         storage = tensor.untyped_storage()
-        key, bytes = storage._cdata, storage.nbytes()
-        if not self.held[key]:
-            self.live += bytes
-            self.peak = max(self.peak, self.live)
+        key = storage._cdata
         self.held[key] += 1
-        weakref.finalize(tensor, self.release, key, bytes)
+        weakref.finalize(tensor, self.release, key)
+        if self.held[key] > 1:                          # a view, or a weight
+            return
+        self.live[key] = storage.nbytes(), shape(tensor)
+        if self.live_bytes > self.peak:
+            self.peak, self.peak_at, self.peak_shapes = self.live_bytes, operator, Counter()
+            for bytes, sizes in self.live.values():
+                self.peak_shapes[sizes] += bytes
 
-    def release(self, key, bytes):
+    def release(self, key):
         self.held[key] -= 1
         if not self.held[key]:
-            self.live -= bytes
+            del self.live[key]
+
+    @property
+    def live_bytes(self):
+        return sum(bytes for bytes, _ in self.live.values())
 
     @property
     def total(self):
@@ -159,7 +176,7 @@ def run(title, dtype=BF16):
         record.held[tensor.untyped_storage()._cdata] = 1
     for key, sizes in shapes.items():
         inputs[key] = torch.empty(sizes, dtype=TYPES.get(key, dtype), device="meta")
-        record.hold(inputs[key])
+        record.hold(inputs[key], "")
     with torch.inference_mode(), record:
         outputs = getattr(network, method)(**inputs)
     return network, record, tensors(outputs)[0]
@@ -174,21 +191,24 @@ def detail_table(record):
     for (name, shapes, type, trap), row in record.rows.items():
         large = row["flops"] > total["flops"] / 100 or row["moved"] > total["moved"] / 100
         if large or trap not in traps:
-            lines.append((f"`{name}`", shapes, type, row, trap))
+            lines.append([f"`{name}`", shapes, type, *numbers(row), trap])
             traps.add(trap)
         else:
             rest += row
             names.add(f"`{name}`")
             types.add(type)
-    lines.append(("all else: " + ", ".join(sorted(names)), "", ", ".join(sorted(types)), rest, ""))
-    return table(
-        ["operator", "inputs, weights → result", "type", "count", "GFLOP", "MB moved", "trap"],
-        [[name, shapes, type, row["count"], f"{row['flops'] / 1e9:.2f}", f"{row['moved'] / 1e6:.1f}", trap]
-         for name, shapes, type, row, trap in lines])
+    names, types = ", ".join(sorted(names)), ", ".join(sorted(types))
+    lines.append([f"all else: {names}", "", types, *numbers(rest), ""])
+    head = ["operator", "inputs, weights → result", "type", "count", "GFLOP", "MB moved", "trap"]
+    return table(head, lines)
+
+
+def numbers(row):
+    return row["count"], f"{row['flops'] / 1e9:.2f}", f"{row['moved'] / 1e6:.1f}"
 
 
 def operators_page():
-    summary, details, images = [], "", []
+    summary, peaks, details, images = [], [], "", []
     totals = {}                                         # title -> FLOPs, bytes moved and weights of one image
     for title, (_, _, shapes, calls) in NETWORKS.items():
         network, record, out = run(title)
@@ -199,15 +219,22 @@ def operators_page():
         summary.append([title, "×".join(map(str, first)), shape(out), f"{parameters / 1e6:.1f} M",
             f"{parameters * 2 / 1e6:.0f}", f"{flops / 1e9:.1f}", f"{moved / 1e6:.0f}",
             record.largest[1], f"{record.peak / 1e6:.0f}", calls])
+        largest = record.peak_shapes.most_common(3)
+        alive = ", ".join(f"{sizes} ({bytes / 1e6:.1f})" for sizes, bytes in largest)
+        peaks.append([title, f"`{record.peak_at}`", f"{record.peak / 1e6:.1f}", alive])
         if title not in ("Stage C", "Stage B"):
             details += f"\n## {title}\n\n{detail_table(record)}"
-    for pair, others in ("lite", ("Stage C", "Stage B")), ("full", ("Stage C lite", "Stage B lite")):
-        flops, moved, weights = map(sum, zip(*(totals[title] for title in totals if title not in others)))
+    others = {"lite": ("Stage C", "Stage B"), "full": ("Stage C lite", "Stage B lite")}
+    for pair in others:
+        used = [total for title, total in totals.items() if title not in others[pair]]
+        flops, moved, weights = map(sum, zip(*used))
         images.append([pair, f"{flops / 1e12:.1f}", f"{moved / 1e9:.0f}", f"{weights / 1e9:.2f}"])
     head = ["network", "input", "output", "parameters", "weights, MB", "GFLOP per call",
             "MB moved per call", "largest result", "peak, MB", "calls"]
     images_head = ["one image in 20 and 10 steps", "TFLOP", "GB moved", "weights, GB"]
-    return f"{table(head, summary)}\n{table(images_head, images)}{details}"
+    peaks_head = ["network", "peak in", "peak, MB", "the largest shapes alive then (MB together)"]
+    tables = table(head, summary), table(images_head, images), table(peaks_head, peaks)
+    return "\n".join(tables) + details
 
 
 def schedule():

@@ -1,10 +1,12 @@
-"""How far bf16 and fp16 drift from fp32, and the memory of each: writes the precision table in PERFORMANCE.md.
+"""How far bf16 and fp16 drift from fp32, the memory of each, and linear layers in 8 bits: writes tables in PERFORMANCE.md.
 
-    python tests/porting/precision.py
+    python tests/porting/precision.py           formats and memory
+    python tests/porting/precision.py 100       weights in 8 bits, scored by the evaluator on 100 images each
 
 Drift is the largest difference from fp32, relative to the largest value in fp32. It is measured on random networks
 (tests/tiny.py, five seeds), on random UNets whose activations go far beyond 65504 (`overflowing`), and on the tiny
-cascade while it draws an image. Memory is computed: the official networks run on the meta device.
+cascade while it draws an image. Memory is computed: the official networks run on the meta device. For 8 bits the
+weights are rounded and multiplied by their scale again; the computation stays in fp32.
 """
 import copy
 import sys
@@ -14,8 +16,9 @@ from unittest import mock
 import torch
 
 TESTS = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(TESTS.parent), str(TESTS)]
+sys.path[:0] = [str(TESTS.parent), str(TESTS), str(TESTS.parent / "weights")]
 
+import evaluate
 import operators
 from helpers import RUNS, golden, relative_error, unet_inputs
 from pages import PERFORMANCE_PAGE, table, write_section
@@ -108,11 +111,52 @@ def tiny_cascade_drift(calls, name, dtype):
 
 def image_drift(dtype):
     """How far the tiny cascade's images are from fp32's, of 255."""
-    ours, exact = (Cascade(device="cpu", dtype=kind)(PROMPT, images=2, output="np") for kind in (dtype, "fp32"))
+    ours, exact = (
+        Cascade(device="cpu", dtype=kind)(PROMPT, images=2, output="np") for kind in (dtype, "fp32"))
     return 255 * abs(ours - exact).mean()
 
 
-# ------------------------------------------------------------------------------ the table
+# ------------------------------------------------------------------------------ weights in 8 bits
+
+def fp8(values):
+    return values.to(torch.float8_e4m3fn).float()
+
+
+EIGHT_BITS = {"int8": (torch.round, 127), "fp8 e4m3": (fp8, 448)}      # rounding, largest value
+
+
+@torch.no_grad()
+def round_linears(network, rounding, largest):
+    """Rounds the weights of all linear layers, with one scale for each output channel."""
+    for module in network.modules():
+        if isinstance(module, torch.nn.Linear):
+            weight = module.weight
+        elif isinstance(module, model.Attention):
+            weight = module.in_proj_weight
+        else:
+            continue
+        scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-30) / largest
+        weight.copy_(rounding(weight / scale) * scale)
+
+
+def eight_bit_table(count):
+    prompts, images, rows = evaluate.mixed_prompts(count), {}, []
+    scenes = [scene for _, scene in prompts]
+    for title in ("fp32", *EIGHT_BITS):
+        cascade = Cascade(device="cpu", dtype="fp32", keep=True)
+        if title in EIGHT_BITS:
+            for name in ("text_encoder", "stage_c", "stage_b", "stage_a"):
+                round_linears(cascade.network(name), *EIGHT_BITS[title])
+        images[title] = evaluate.draw(cascade, prompts)
+        scores = evaluate.accuracy(scenes, evaluate.detect(images[title]))
+        right = scores[evaluate.PARTS.index("right")]
+        difference = 255 * abs(images[title] - images["fp32"]).mean()
+        rows.append([title, f"{right:.1f}", f"{difference:.1f}"])
+    head = "linear layers", f"percent right, of {count} images", "mean difference from fp32, of 255"
+    return table(head, rows)
+
+
+# ------------------------------------------------------------------------------ the tables
 
 def memory(title, dtype):
     """Weights + activations of one call for an image of 1024x1024, in GB."""
@@ -128,13 +172,17 @@ def rounded(value):
 def precision_table():
     calls, rows = calls_of_the_tiny_cascade(), []
     for title, (name, *_) in operators.NETWORKS.items():
-        config = {"stage_c": STAGE_C, "stage_b": STAGE_B}.get(name)
         drifts = ["as below"] * 3
         if "lite" not in title:
-            drifts = [f"{rounded(random_drift(name, dtype))}, {rounded(tiny_cascade_drift(calls, name, dtype))}"
-                      for dtype in (BF16, FP16)]
-            drifts.append(rounded(max(overflowing_drift(config, FP16, seed) for seed in range(5))) if config else "")
-        rows.append([title, *drifts, *(memory(title, dtype) for dtype in (torch.float32, BF16, FP16))])
+            drifts = []
+            for dtype in BF16, FP16:
+                pair = random_drift(name, dtype), tiny_cascade_drift(calls, name, dtype)
+                drifts.append(", ".join(map(rounded, pair)))
+            config = {"stage_c": STAGE_C, "stage_b": STAGE_B}.get(name)
+            large = [overflowing_drift(config, FP16, seed) for seed in range(5)] if config else []
+            drifts.append(rounded(max(large)) if large else "")
+        memories = [memory(title, dtype) for dtype in (torch.float32, BF16, FP16)]
+        rows.append([title, *drifts, *memories])
     head = ["network", "drift, bf16", "drift, fp16", "fp16, overflowing",
             "GB, fp32", "GB, bf16", "GB, fp16"]
     images = ", ".join(f"{image_drift(dtype):.1f} in {dtype}" for dtype in ("bf16", "fp16"))
@@ -142,4 +190,7 @@ def precision_table():
 
 
 if __name__ == "__main__":
-    write_section(PERFORMANCE_PAGE, "precision", precision_table())
+    if sys.argv[1:]:
+        write_section(PERFORMANCE_PAGE, "eight-bit", eight_bit_table(int(sys.argv[1])))
+    else:
+        write_section(PERFORMANCE_PAGE, "precision", precision_table())

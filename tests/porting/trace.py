@@ -61,7 +61,6 @@ import compare
 if __name__ == "__main__" and "--compare" in sys.argv:  # before PyTorch is imported: it need not be installed
     sys.exit(compare.main([argument for argument in sys.argv[1:] if argument != "--compare"]))
 
-import argparse
 import hashlib
 import json
 import re
@@ -156,8 +155,8 @@ class Trace:
             self.begin("text_encoder")
 
     def after_network(self, network, args, output):
+        self.output = output
         if torch.is_tensor(output):
-            self.output = output
             self.add("out", output, "out")
         else:
             for name, tensor in zip(("hidden", "pooled"), output):
@@ -250,7 +249,7 @@ class Trace:
         return gains
 
     def save(self, path, used, compact=False, state=None):
-        """`compact`: tensors with the same values are stored once; see "same_as" in the graph. `state`: tensors beside the trace."""
+        """`compact`: tensors with the same values are stored once; see "same_as" in the graph. `state`: more tensors."""
         tensors = {name: tensor for name, tensor in self.tensors.items()
                    if not (compact and "same_as" in self.graph[name])}
         tolerances = json.loads(MANIFEST.read_text("utf-8"))["tolerances"]
@@ -267,32 +266,25 @@ class TracedCascade(cascade.Cascade):
 
 
 @torch.no_grad()
-def draw(traced, options):
-    """Cascade.__call__ for one image, up to the last of the recorded stages."""
+def record(options):
+    """The Trace of one image: Cascade.__call__, up to the last of the recorded stages."""
+    where = options.weights, options.device, options.dtype, options.lite
+    traced = TracedCascade(*where, progress=True)
+    traced.trace = trace = Trace(options.stages, options.steps_recorded, options.blocks)
     last = max(map(STAGES.index, options.stages))
     text = traced.encode_prompt(options.prompt, options.negative)
     width, height = traced.size(options.width, options.height)
     size = {"width": width, "height": height, "seed": options.seed}
-    if last >= 1:
-        latents = traced.prior(text, steps=options.steps, guidance=options.guidance, **size)
-    if last >= 2:
-        z = traced.decode(latents, text, steps=options.decoder_steps, prior_steps=options.steps,
-                          guidance=options.decoder_guidance, output="latent", **size)
-    if last >= 3:
-        stage_a = traced.network("stage_a")
-        pixels = stage_a.decode(z.to(stage_a.out_block[0].weight)).float()
-        traced.trace.begin("")
-        image = pixels[:, :, :height, :width].clamp(0, 1)
-        traced.trace.add("picture", image, "picture", ["stage_a.out_block.out"])
-
-
-def record(options):
-    """The Trace of one image."""
-    where = options.weights, options.device, options.dtype, options.lite
-    traced = TracedCascade(*where, progress=True)
-    traced.trace = trace = Trace(options.stages, options.steps_recorded, options.blocks)
     with mock.patch.object(cascade, "sample", trace.sample):
-        draw(traced, options)
+        if last >= 1:
+            latents = traced.prior(text, steps=options.steps, guidance=options.guidance, **size)
+        if last >= 2:
+            image = traced.decode(
+                latents, text, steps=options.decoder_steps, guidance=options.decoder_guidance,
+                prior_steps=options.steps, output="pt" if last == 3 else "latent", **size)
+        if last == 3:
+            trace.begin("")
+            trace.add("picture", image, "picture", ["stage_a.out_block.out"])
     return trace
 
 
@@ -338,13 +330,13 @@ def run(options):
 # ------------------------------------------------------------------------------ the command
 
 def parse(arguments):
-    parser = cascade.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = compare.Parser(__doc__)
     add, default = parser.add_argument, "(default: %(default)s)"
     add("prompt", nargs="?", default="a large red circle on a white background", help=default)
     one = parser.add_mutually_exclusive_group()
     one.add_argument("--out", default="trace.safetensors", type=Path, metavar="FILE", help=default)
     one.add_argument("--ranges", action="store_true", help="print the range of every tensor")
-    add("--compare", nargs=2, metavar=("TRACE", "OTHER"), help="see compare.py, whose options it takes")
+    add("--compare", nargs=2, metavar=("TRACE", "OTHER"), help="as compare.py, with its options")
     add("--stages", nargs="+", default=STAGES, choices=STAGES, help="the last one ends the run")
     add("--blocks", nargs="+", default=[], metavar="PATTERN", help="(default: see above)")
     add("--steps-recorded", nargs="+", type=int, default=[0, -1], metavar="N", help=default)
@@ -361,7 +353,7 @@ def parse(arguments):
 
 def main(arguments=None):
     """Returns the exit status: 0, or 2 after one line that says what went wrong."""
-    return compare.exit_status("trace.py", CascadeError, lambda: run(parse(arguments)))
+    return compare.exit_status("trace.py", lambda: run(parse(arguments)), CascadeError)
 
 
 if __name__ == "__main__":
