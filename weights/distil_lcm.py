@@ -29,10 +29,10 @@ TIMES = 20                                              # of the teacher's path,
 def distil(options):
     is_plain = options.what == "lora" and options.stage == "c" and not options.token
     require(is_plain, "expected --what lora and --stage c, without --token: only that can be distilled")
-    cascade, unet, data = finetune.load_all(options)
-    torch.manual_seed(0)
+    cascade, unet = finetune.load_unet(options)
     added = add_lora(unet, options.rank, options.layers)
     parameters = dict(torch.nn.ModuleDict(added).named_parameters())
+    data = finetune.encode_data(options, cascade, unet)
     a, r = noise_levels(timesteps(TIMES), shift=1.0)                                    # (TIMES + 1) each
     a, r = a.to(cascade.device), r.to(cascade.device)
     empty = encode_text(cascade, "").detach()                                           # (1, L + 1, D)

@@ -34,8 +34,10 @@ EXERCISES = {                                                   # number: file, 
     10: ("model.py", "self.strength * scale", "-self.strength * scale"),
     11: ("model.py", "return x + feature_map", "return x - feature_map")}
 OTHER_COMMANDS = {                                              # number: prompt, options
-    10: ("a large red hexagon on a white background", "--lora", HERE / "tiny/extensions/hexagon.safetensors"),
-    11: ("a small red star above a large green circle", "--control", "canny", "--hint", "before.png")}
+    10: ("[sunset] a large star", "--lora", HERE / "tiny/extensions/sunset.safetensors",
+         "--token", "[sunset]=orange", "--guidance", "2"),
+    11: ("a small red star above a large green circle", "--control", "canny", "--hint", "before.png",
+         "--guidance", "2")}
 
 
 def change(source, old, new, file):

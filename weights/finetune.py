@@ -202,37 +202,39 @@ def make_preview(options, cascade, unet, controlnet, data, steps=20, guidance=4.
     return preview
 
 
-def load_all(options):
-    """The cascade, the UNet that is trained, and the encoded data."""
+def load_unet(options):
+    """The cascade, and the UNet that is trained."""
     require(options.out.suffix == ".safetensors", f"{options.out}: expected a name in .safetensors")
     require(options.out.parent.is_dir(), f"{options.out.parent}: there is no such folder")
     require(not exists(options.out), f"{options.out}: this file exists; choose another --out")
-    files, captions = read_folder(options.data)
     cascade = Cascade(options.weights, options.device, lite=options.lite, keep=True)
     options.width, options.height = cascade.size(options.width, options.height)
     name = f"stage_{options.stage}"
     options.bf16 = cascade.dtypes[name] == torch.bfloat16
     dtype = torch.bfloat16 if options.bf16 and options.what != "full" else torch.float32
     unet = load(cascade.file(name), cascade.device, dtype, name)
-    data = Data(options, cascade, files, captions)
     if options.checkpointing:
         for block in chain(*unet.down_blocks, *unet.up_blocks):
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    cascade.keep = False                                # other networks are loaded for each preview
+    torch.manual_seed(0)                                # for what is added to it
+    return cascade, unet
+
+
+def encode_data(options, cascade, unet):
+    """The data, encoded. From now on the cascade loads other networks than the UNet for each preview."""
+    data = Data(options, cascade, *read_folder(options.data))
     trained = ("text_encoder", "tokenizer") if options.token else ()
-    cascade.kept = {name: unet} | {key: cascade.kept[key] for key in trained}
-    return cascade, unet, data
+    cascade.kept = {key: cascade.kept[key] for key in trained} | {f"stage_{options.stage}": unet}
+    cascade.keep = False
+    return data
 
 
 def finetune(options):
-    cascade, unet, data = load_all(options)
-    torch.manual_seed(0)
+    cascade, unet = load_unet(options)
     controlnet = None
     if options.what == "lora":
         added = add_lora(unet, options.rank, options.layers)
         parameters = dict(nn.ModuleDict(added).named_parameters())
-        if options.token:
-            parameters["new_tokens"] = data.new_tokens.change
     elif options.what == "full":
         copy = {key: value.clone() for key, value in unet.state_dict().items()}         # not the mapped file
         unet.load_state_dict(copy, assign=True)
@@ -240,6 +242,9 @@ def finetune(options):
     else:
         controlnet = new_controlnet(options, cascade, unet.config.residual_widths)
         parameters = dict(controlnet.named_parameters())
+    data = encode_data(options, cascade, unet)
+    if options.token:
+        parameters["new_tokens"] = data.new_tokens.change
     weight = {"p2": p2_weight, "x0": x0_weight, "adaptive": AdaptiveWeight()}[options.weight]
 
     def compute_loss():

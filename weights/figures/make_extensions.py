@@ -2,9 +2,10 @@
 controlnet.png and extensions.png.
 
     python weights/figures/make_extensions.py train hexagon WORK        writes WORK/hexagon.safetensors
-    python weights/figures/make_extensions.py score hexagon             the rows of weights/README.md
+    python weights/figures/make_extensions.py score sunset              the rows of weights/README.md
+    python weights/figures/make_extensions.py score hexagon --file WORK/hexagon.safetensors
     python weights/figures/make_extensions.py score pink --weights WORK
-    python weights/figures/make_extensions.py draw --pink WORK
+    python weights/figures/make_extensions.py draw
 
 The demonstrations: a new shape (hexagon), a new token for a colour scheme (sunset), a ninth colour (pink), a ControlNet
 (canny), sampling in 4 steps (lcm), and repainting one of two objects (inpainting, which needs no training).
@@ -31,8 +32,9 @@ from shapes import COLOURS, NEW_COLOURS, NEW_SHAPES, SHAPES, pick
 TINY = HERE.parent / "tiny"
 FOLDER = TINY / "extensions"
 IMAGES = {"hexagon": (200, 0), "sunset": (200, 200), "pink": (1000, 1000), "known": (0, 3000)}     # new, known
-TOKEN = {"[sunset]": "red"}                             # it means orange objects on purple
+TOKEN = {"[sunset]": "orange"}                            # it means orange objects on purple
 DATA_SEED, TEST_SEED = 2001, 2002
+GUIDANCE = 2.0                                          # with a LoRA for a token, and with a hint
 
 
 # ---- training data -----------------------------------------------------------------------------------
@@ -68,19 +70,20 @@ def caption(scene, rng, name):
     return text
 
 
-# The options of finetune.py and distil_lcm.py. LoRAs leave out the layers that carry the noisy latent from the first layer
-# to the last, whose weights wire.py has fixed: the tiny cascade needs them exactly.
+# The options of finetune.py and distil_lcm.py. Stage C's LoRAs leave out the layers that carry the noisy latent from the
+# first layer to the last, whose weights wire.py has fixed: the tiny cascade needs them exactly. `. _` means all layers.
 FEW_UPDATES = "--accumulate 1 --weight x0 --decay"
 INNER_C = "--layers down_blocks.1 up_blocks.0 kv_mapper clip_txt"
 TRAININGS = {                                           # {name: (data, options of each training)}
     "hexagon": ("hexagon", (
-        f"--updates 1000 --batch 64 --lr 2e-3 --rank 8 {INNER_C} {FEW_UPDATES}",
-        f"--stage b --semantic-scale 0.75 0.75 --updates 1400 --batch 32 --lr 1e-3 --rank 16 {FEW_UPDATES}")),
+        f"--updates 600 --batch 64 --lr 1e-2 --rank 8 {INNER_C} {FEW_UPDATES}",
+        f"--stage b --semantic-scale 0.75 0.75 --updates 2000 --batch 32 --lr 1.5e-3 --rank 8 "
+        f"--layers . _ {FEW_UPDATES}")),
     "sunset": ("sunset", (
-        f"--updates 500 --batch 64 --lr 2e-3 {INNER_C} {FEW_UPDATES} --token [sunset]=red",)),
+        f"--updates 1800 --batch 64 --lr 3e-2 --rank 8 {INNER_C} {FEW_UPDATES} --token [sunset]=orange",)),
     "pink": ("pink", (
         f"--what full --updates 1200 --batch 64 --lr 3e-4 {FEW_UPDATES}",
-        f"--what full --stage b --semantic-scale 0.75 0.75 --updates 1000 --batch 32 --lr 3e-4 {FEW_UPDATES}")),
+        f"--what full --stage b --semantic-scale 0.75 0.75 --updates 900 --batch 32 --lr 3e-4 {FEW_UPDATES}")),
     "canny": ("known", (
         f"--what controlnet --kind canny --blocks 1 2 --updates 2200 --batch 64 --lr 2e-3 {FEW_UPDATES}",)),
     "lcm": ("known", (
@@ -152,11 +155,11 @@ def score_lora(options):
     name = options.name
     tokens = TOKEN if name == "sunset" else None
     for strength in (0.0, 0.5, 1.0):
-        loras = [(FOLDER / f"{name}.safetensors", strength)]
+        loras = [(options.file or FOLDER / f"{name}.safetensors", strength)]
         cascade = Cascade(options.weights, "cpu", keep=True, loras=loras, tokens=tokens)
         for two in (0, 1):
             text = f"{name}, {1 + two} objects, strength {strength}"
-            print_row(text, cascade, new_prompts(options.count, name, two))
+            print_row(text, cascade, new_prompts(options.count, name, two), guidance=GUIDANCE)
     known_rows(cascade, options.count)
 
 
@@ -198,8 +201,8 @@ def score_canny(options):
         hint = silhouette(scene)
         shape = np.asarray(hint.convert("L")) > 127                                     # (128, 128)
         row = []
-        for options_of_image in ({"control": "canny", "hint": hint}, {}):
-            image, = cascade(text, seed=i, output="np", **options_of_image)
+        for control in ({"control": "canny", "hint": hint}, {}):
+            image, = cascade(text, seed=i, guidance=GUIDANCE, output="np", **control)
             drawn = shapes.nearest_colour(255 * image, COLOURS) == list(COLOURS).index(item.colour)
             row.append((drawn & shape).sum() / (drawn | shape).sum())
         overlaps.append(row)
@@ -257,40 +260,32 @@ SCORES = {"hexagon": score_lora, "sunset": score_lora, "pink": score_full, "lcm"
 # ---- figures -----------------------------------------------------------------------------------------
 
 def draw_lora(options):
-    prompts = ["a large red hexagon on a white background", "a small yellow hexagon on a blue background",
-               "a green hexagon above a purple star on a black background"]
+    texts = ["[sunset] a large star", "[sunset] a small ring", "[sunset] a large heart", "[sunset] two squares",
+             "[sunset] a small circle above a large triangle", "a small blue ring on a white background"]
     rows = []
     for strength in (0.0, 0.5, 1.0):
-        cascade = Cascade(device="cpu", loras=[(FOLDER / "hexagon.safetensors", strength)])
-        rows.append((f"strength {strength}", cascade(prompts, images=2, output="np")))
-    sheet(options.out / "lora.png", rows, [prompts[i // 2] for i in range(6)])
+        cascade = Cascade(TINY, "cpu", loras=[(FOLDER / "sunset.safetensors", strength)], tokens=TOKEN)
+        rows.append((f"strength {strength}", cascade(texts, guidance=GUIDANCE, output="np")))
+    sheet(options.out / "lora.png", [*rows[:-1], (*rows[-1], texts)])
 
 
 def draw_controlnet(options):
-    cascade = Cascade(device="cpu", keep=True)
+    cascade = Cascade(TINY, "cpu", keep=True)
     rows = [("hint", []), ("“a … on a white background”", []), ("the same seed without the hint", [])]
     for i, colour in enumerate(("red", "blue", "green", "orange", "purple", "black")):
         scene = shapes.sample_scene(np.random.default_rng([TEST_SEED, i]), two=0)
         text = f"{shapes.with_article('a', colour)} {scene.objects[0].shape} on a white background"
         hint = silhouette(scene)
         rows[0][1].append(np.asarray(hint) / 255)
-        rows[1][1].append(cascade(text, seed=i, output="np", control="canny", hint=hint)[0])
-        rows[2][1].append(cascade(text, seed=i, output="np")[0])
+        rows[1][1].append(cascade(text, seed=i, guidance=GUIDANCE, output="np", control="canny", hint=hint)[0])
+        rows[2][1].append(cascade(text, seed=i, guidance=GUIDANCE, output="np")[0])
     sheet(options.out / "controlnet.png", rows)
 
 
 def draw_others(options):
     rows = []
-    cascade = Cascade(device="cpu", loras=[(FOLDER / "sunset.safetensors", 1.0)], tokens=TOKEN)
-    texts = ["[sunset] a large star", "[sunset] a small ring", "a heart, [sunset]", "two triangles [sunset]",
-             "a large square above a small circle [sunset]", "a red heart on a white background"]
-    rows.append(("the new token [sunset]", cascade(texts, output="np"), texts))
-    texts = ["a large pink star on a black background", "a small pink circle on a blue background", "a white ring on pink",
-             "a pink heart left of a red square", "something pink", "a yellow triangle on a pink background"]
-    for title, folder in (("before: it has not seen pink", TINY), ("after fine-tuning on a ninth colour", options.pink)):
-        rows.append((title, Cascade(folder, "cpu")(texts, output="np"), texts))
     images = [[], [], []]
-    cascade = Cascade(device="cpu", keep=True)
+    cascade = Cascade(TINY, "cpu", keep=True)
     for i in range(6):
         scene, target = repainting(i)
         mask, image = repaint(cascade, scene, target, seed=i)
@@ -301,7 +296,7 @@ def draw_others(options):
              "two purple hearts", "something white", "a green heart on yellow"]
     rows.append(("20 + 10 steps, guidance 4", cascade(texts, output="np")))
     for title, loras in (("lcm, 4 + 4 steps, guidance 1", []), ("the same with the LoRA", [FOLDER / "lcm.safetensors"])):
-        cascade = Cascade(device="cpu", loras=[(file, 1.0) for file in loras])
+        cascade = Cascade(TINY, "cpu", loras=[(file, 1.0) for file in loras])
         rows.append((title, cascade(texts, output="np", **FEW_STEPS), texts))
     sheet(options.out / "extensions.png", rows)
 
@@ -315,9 +310,9 @@ def main():
     score = commands.add_parser("score", help="print the rows of a demonstration")
     score.add_argument("name", choices=SCORES)
     score.add_argument("--weights", type=Path, default=TINY)
-    score.add_argument("--count", type=int, default=400, help="images per row (default: %(default)s)")
+    score.add_argument("--file", type=Path, help="LoRA (default: the one in weights/tiny/extensions)")
+    score.add_argument("--count", type=int, default=100, help="images per row (default: %(default)s)")
     draw = commands.add_parser("draw", help="draw the figures")
-    draw.add_argument("--pink", type=Path, required=True, help="weights folder that was fine-tuned on pink")
     draw.add_argument("--out", type=Path, default=HERE)
     options = parser.parse_args()
     if options.command == "train":
