@@ -19,7 +19,6 @@ HINT_CHANNELS = {"canny": 1, "inpainting": 4, "super_resolution": 16}
 
 # ---- LoRA --------------------------------------------------------------------------------------------
 
-
 class LoraWeight(nn.Module):
     """W + up down / rank (Hu et al., 2021). As in the original, `up` starts at random and `down` at 0."""
     def __init__(self, weight, rank):
