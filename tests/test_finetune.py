@@ -184,6 +184,16 @@ def test_trained_files_are_used(data, weights, tmp_path):
     assert not torch.equal(draw()("red", **prompt), plain)
 
 
+def test_the_weights_that_wire_has_set_stay_in_a_full_training(data, weights, tmp_path):
+    before = load_file(weights / "stage_c.safetensors")
+    after = load_file(train(data, weights, tmp_path / "full.safetensors", *WAYS["full"], "--wired"))
+    fixed = [*range(16), *range(32, 36)]                    # of the first layer: those for x and the constants
+    free = [i for i in range(64) if i not in fixed]
+    name = "embedding.1.weight"
+    assert torch.equal(after[name][fixed], before[name][fixed]) and (after[name][free] != before[name][free]).any(1).all()
+    assert torch.equal(after["clf.1.weight"], before["clf.1.weight"])
+
+
 def test_a_new_controlnet_has_no_effect(weights):
     cascade = Cascade(weights, "cpu")
     for kind in adapters.HINT_CHANNELS:

@@ -53,6 +53,7 @@ from sampler import RECIPES, generators, sample                                 
 from training import (                                                                  # noqa: E402
     AdaptiveWeight, Training, noise_loss, p2_weight, pyramid_noise, save, x0_weight,
 )
+from wire import fix                                                                    # noqa: E402
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 SAMPLES = 4                                             # sample images, of the first captions
@@ -238,7 +239,10 @@ def finetune(options):
     elif options.what == "full":
         copy = {key: value.clone() for key, value in unet.state_dict().items()}         # not the mapped file
         unet.load_state_dict(copy, assign=True)
-        parameters = dict(unet.requires_grad_(True).named_parameters())
+        unet.requires_grad_(True)
+        if options.wired:
+            fix(unet)
+        parameters = {key: value for key, value in unet.named_parameters() if value.requires_grad}
     else:
         controlnet = new_controlnet(options, cascade, unet.config.residual_widths)
         parameters = dict(controlnet.named_parameters())
@@ -321,6 +325,7 @@ def make_parser(prog="finetune.py", description=__doc__):
     add("--decay", action="store_true", help="let the learning rate fall to 0 along a cosine")
     add("--weight", choices=("p2", "adaptive", "x0"),
         help="of the loss (default: adaptive with --what full, but not for Stage C lite; else p2)")
+    add("--wired", action="store_true", help="keep the weights that wire.py has fixed in the tiny cascade")
     add("--checkpointing", action="store_true", help="compute activations twice, to save memory")
     add("--save-every", type=positive, default=500, metavar="UPDATES", help="default: %(default)s")
     add("--device", default="auto")
@@ -330,14 +335,14 @@ def make_parser(prog="finetune.py", description=__doc__):
 DEFAULTS = {                                            # of options that only one kind of training has
     "rank": ("what", "lora", 4), "layers": ("what", "lora", [".attn"]), "token": ("what", "lora", []),
     "kind": ("what", "controlnet", None), "blocks": ("what", "controlnet", CONTROL_BLOCKS),
-    "semantic_scale": ("stage", "b", (0.5, 1.0))}
+    "wired": ("what", "full", False), "semantic_scale": ("stage", "b", (0.5, 1.0))}
 
 
 def parse(parser, arguments):
     options = parser.parse_args(arguments)
     require(options.plan or options.data and options.out, "expected DATA and --out")
     for name, (option, value, default) in DEFAULTS.items():
-        if getattr(options, name) is None:
+        if not getattr(options, name):
             setattr(options, name, default)
         else:
             flag = f"--{name.replace('_', '-')}"

@@ -94,7 +94,8 @@ class Training:
         self.device = next(iter(parameters.values())).device
         self.update = 0
         self.losses = []
-        self.optimizer = torch.optim.AdamW(parameters.values(), options.lr, weight_decay=0.01)
+        decay = 0.0 if options.wired else 0.01
+        self.optimizer = torch.optim.AdamW(parameters.values(), options.lr, weight_decay=decay)
         self.path = options.out.with_suffix(".checkpoint.safetensors")
         may_change = ("data", "weights", "out", "device", "updates", "save_every", "checkpointing")
         settings = {name: value for name, value in vars(options).items() if name not in may_change}

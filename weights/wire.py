@@ -60,6 +60,34 @@ def fit_time_factors(unet, k):
     return torch.linalg.solve(gram, weighted.T @ target).float()                        # (65, 2)
 
 
+def fix(unet):
+    """The weights that `wire` has set keep their values in training, as long as there is no weight decay."""
+    k = unet.config.latent_channels * unet.config.patch_size ** 2
+    XE = torch.arange(2 * k)
+    XK = torch.cat([torch.arange(k), torch.arange(2 * k, 2 * k + 4)])
+    XEK = torch.arange(2 * k + 4)
+    period = unet.config.widths[0]
+    down = unet.down_blocks[0]
+    up = unet.up_blocks[-1]
+    time_block = [block for block in up if hasattr(block, "mapper")][-1]
+    for block in [*down, *up]:
+        for layer in output_layers(block):
+            freeze_rows(layer, XEK if block is time_block else XK, period)
+    widen = unet.up_upscalers[-2][1]
+    widen = widen.blocks[1] if hasattr(widen, "blocks") else widen
+    layers = [unet.embedding[1], widen]
+    if unet.config.semantic_channels:
+        layers += [unet.effnet_mapper[2], unet.pixels_mapper[2]]
+    for layer in layers:
+        freeze_rows(layer, XK)
+    first, _, response, _, _ = up[0].channelwise
+    freeze_rows(first, XE)
+    for parameter in (response.gamma, response.beta):
+        parameter.register_hook(lambda gradient: F.pad(gradient[..., 2 * k:], (2 * k, 0)))
+    unet.clf[1].requires_grad_(False)
+    return unet
+
+
 def wire(unet):
     """A noisy latent is x = sqrt(a) x0 + sqrt(1 - a) epsilon, with a = alpha_bar(t), so
 
@@ -83,7 +111,6 @@ def wire(unet):
     K = torch.arange(2 * k, 2 * k + 4)
     XE = torch.arange(2 * k)
     XK = torch.cat([X, K])
-    XEK = torch.arange(2 * k + 4)
     eye = torch.eye(k)
     constants = CONSTANT * torch.tensor([1.0, -1.0, 1.0, -1.0])
 
@@ -144,13 +171,4 @@ def wire(unet):
         leave.weight[:, X, 0, 0] = norm * eye
         leave.weight[:, E, 0, 0] = -norm * eye
 
-    for block in [*down, *up]:
-        for layer in output_layers(block):
-            freeze_rows(layer, XEK if block is time_block else XK, period=c)
-    for layer in (enter, widen, *mappers):
-        freeze_rows(layer, XK)
-    freeze_rows(first, XE)
-    for parameter in (response.gamma, response.beta):
-        parameter.register_hook(lambda gradient: F.pad(gradient[..., 2 * k:], (2 * k, 0)))
-    leave.requires_grad_(False)
-    return unet
+    return fix(unet)
