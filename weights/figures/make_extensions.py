@@ -82,8 +82,9 @@ TRAININGS = {                                           # {name: (data, options 
     "sunset": ("sunset", (
         f"--updates 1800 --batch 64 --lr 3e-2 --rank 8 {INNER_C} {FEW_UPDATES} --token [sunset]=orange",)),
     "pink": ("pink", (
-        f"--what full --updates 1200 --batch 64 --lr 3e-4 {FEW_UPDATES}",
-        f"--what full --stage b --semantic-scale 0.75 0.75 --updates 900 --batch 32 --lr 3e-4 {FEW_UPDATES}")),
+        f"--what full --wired --updates 1500 --batch 64 --lr 1e-3 {FEW_UPDATES}",
+        "--what full --wired --stage b --semantic-scale 0.75 0.75 "
+        f"--updates 1400 --batch 32 --lr 1e-3 {FEW_UPDATES}")),
     "canny": ("known", (
         f"--what controlnet --kind canny --blocks 1 2 --updates 2200 --batch 64 --lr 2e-3 {FEW_UPDATES}",)),
     "lcm": ("known", (
