@@ -1,4 +1,5 @@
 """What several tests and tools share: the official networks, golden files, random inputs, errors."""
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -7,32 +8,17 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from model import (ControlNet, ControlNetConfig, Previewer, PreviewerConfig, SemanticEncoder, SemanticEncoderConfig, StageA,
-                   StageAConfig, UNet, UNetConfig, Weights)
-from text_encoder import ImageConfig, ImageEncoder, TextConfig, TextEncoder
-
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
+sys.path.insert(0, str(ROOT / "weights"))
+
+import official                                                                         # noqa: E402
+from model import ControlNet, ControlNetConfig, SemanticEncoderConfig, UNet, Weights    # noqa: E402
 
 # ------------------------------------------------------------------------------ the official networks
 
-FOR_C = {"latent_channels": 16, "patch_size": 1, "time_conditions": ("sca", "crp"),
-         "image_dim": 768, "down_repeat": (1, 1), "up_repeat": (1, 1)}
-FOR_B = {"latent_channels": 4, "patch_size": 2, "time_conditions": ("sca",),
-         "semantic_channels": 16, "c_cond": 1280, "down_repeat": (1, 1, 1, 1)}
-UNETS = {"stage_c": UNetConfig(
-        (2048, 2048), ("RTA" * 8, "RTA" * 24), ("RTA" * 24, "RTA" * 8), c_cond=2048, **FOR_C),
-    "stage_c_lite": UNetConfig(
-        (1536, 1536), ("RTA" * 4, "RTA" * 12), ("RTA" * 12, "RTA" * 4), c_cond=1536, **FOR_C),
-    "stage_b": UNetConfig((320, 640, 1280, 1280), ("RT" * 2, "RT" * 6, "RTA" * 28, "RTA" * 6),
-        ("RTA" * 6, "RTA" * 28, "RT" * 6, "RT" * 2), up_repeat=(3, 3, 2, 2), **FOR_B),
-    "stage_b_lite": UNetConfig((320, 576, 1152, 1152), ("RT" * 2, "RT" * 4, "RTA" * 14, "RTA" * 4),
-        ("RTA" * 4, "RTA" * 14, "RT" * 4, "RT" * 2), up_repeat=(2, 2, 2, 2), **FOR_B)}
-OFFICIAL = {
-    **{name: (UNet, config) for name, config in UNETS.items()}, "stage_a": (StageA, StageAConfig()),
-    "effnet_encoder": (SemanticEncoder, SemanticEncoderConfig()),
-    "previewer": (Previewer, PreviewerConfig()), "text_encoder": (TextEncoder, TextConfig()),
-    "image_encoder": (ImageEncoder, ImageConfig()),
+UNETS = {name: config for name, (network_class, config) in official.OFFICIAL.items() if network_class is UNet}
+OFFICIAL = official.OFFICIAL | {
     "controlnet_canny": (ControlNet, ControlNetConfig(1, SemanticEncoderConfig())),
     "controlnet_inpainting": (ControlNet, ControlNetConfig(4, SemanticEncoderConfig())),
     "controlnet_super_resolution": (ControlNet, ControlNetConfig(16))}

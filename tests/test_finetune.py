@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import model
-from cascade import Cascade
+from cascade import CONTROLS, Cascade
 
 ORIGINAL = load_file(TESTS / "original" / "training.safetensors")
 
@@ -196,12 +196,12 @@ def test_the_weights_that_wire_has_set_stay_in_a_full_training(data, weights, tm
 
 def test_a_new_controlnet_has_no_effect(weights):
     cascade = Cascade(weights, "cpu")
-    for kind in adapters.HINT_CHANNELS:
+    for kind in CONTROLS:
         arguments = ["DATA", "--out", "x", "--what", "controlnet", "--kind", kind, "--blocks", "0", "1"]
         options = finetune.parse(finetune.make_parser(), arguments)
         if kind != "super_resolution":                      # that one has 204 million parameters
             controlnet = adapters.new_controlnet(options, cascade, [64, 64])
-            maps = controlnet(torch.rand(1, adapters.HINT_CHANNELS[kind], 64, 64))
+            maps = controlnet(torch.rand(1, CONTROLS[kind], 64, 64))
             assert sorted(maps) == [0, 1] and all(not value.any() for value in maps.values())
 
 

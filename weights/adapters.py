@@ -10,11 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
 
-from cascade import canny_hint
+from cascade import CONTROLS, canny_hint
 from model import ControlNet, ControlNetConfig, require
 from text_encoder import Tokenizer
-
-HINT_CHANNELS = {"canny": 1, "inpainting": 4, "super_resolution": 16}
 
 
 # ---- LoRA --------------------------------------------------------------------------------------------
@@ -112,7 +110,7 @@ def new_controlnet(options, cascade, widths):
     blocks = tuple(options.blocks)
     fits = all(0 <= block < len(widths) for block in blocks)
     require(fits, f"--blocks: expected numbers from 0 to {len(widths) - 1}, got {blocks}")
-    channels = HINT_CHANNELS[options.kind]
+    channels = CONTROLS[options.kind]
     if options.kind == "super_resolution":
         controlnet = ControlNet(ControlNetConfig(channels, blocks=blocks, unet_width=widths[blocks[0]]))
     else:

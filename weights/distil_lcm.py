@@ -16,8 +16,8 @@ import sys
 
 import finetune
 import torch
-from finetune import encode_text, make_preview
 from adapters import add_lora, disabled, lora_tensors
+from finetune import encode_text, make_preview
 from training import Training, save
 
 from model import require

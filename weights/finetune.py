@@ -41,10 +41,10 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import memory                                                                           # noqa: E402
 from adapters import (                                                                  # noqa: E402
-    HINT_CHANNELS, add_lora, add_tokens, lora_tensors, make_hint, mask_pixels, new_controlnet,
+    add_lora, add_tokens, lora_tensors, make_hint, mask_pixels, new_controlnet,
 )
 from cascade import (                                                                   # noqa: E402
-    Cascade, load_pixels, png, to_pillow, token_and_word, write_file,
+    CONTROLS, Cascade, load_pixels, png, to_pillow, token_and_word, write_file,
 )
 from model import (                                                                     # noqa: E402
     CONTROL_BLOCKS, CascadeError, Weights, exists, load, out_of_memory, reading, require,
@@ -306,7 +306,7 @@ def make_parser(prog="finetune.py", description=__doc__):
     add("--what", choices=("lora", "full", "controlnet"), default="lora")
     add("--stage", choices=("c", "b"), default="c")
     add("--lite", action="store_true", help="the lite Stage C or B")
-    add("--kind", choices=HINT_CHANNELS, help="of the ControlNet")
+    add("--kind", choices=CONTROLS, help="of the ControlNet")
     add("--blocks", type=int, nargs="+",
         help="residual blocks of Stage C that the ControlNet is for (default: as the official ones)")
     add("--rank", type=positive, help="of the LoRA (default: 4)")
@@ -348,7 +348,7 @@ def parse(parser, arguments):
             flag = f"--{name.replace('_', '-')}"
             require(getattr(options, option) == value, f"{flag}: expected with --{option} {value} only")
     if options.what == "controlnet":
-        require(options.kind, f"--kind: expected one of {', '.join(HINT_CHANNELS)}")
+        require(options.kind, f"--kind: expected one of {', '.join(CONTROLS)}")
     require(options.stage == "c" or options.what != "controlnet" and not options.token,
             "--stage b: a ControlNet or a new token is for Stage C")
     require(math.isfinite(options.lr) and options.lr > 0,

@@ -1,8 +1,8 @@
 """The GPU memory that fine-tuning at the official sizes needs, computed on the meta device, without any weights.
 
 Training needs 16 bytes for each trained weight (the weight, its gradient and Adam's two moments, fp32), 2 for each
-frozen one (bf16), and what autograd keeps of a batch for the backward pass. CUDA itself and fragmentation add about
-10 %. `python weights/finetune.py --plan` prints the table.
+frozen one (bf16), and what autograd keeps of a batch for the backward pass. CUDA itself and
+fragmentation come on top. `python weights/finetune.py --plan` prints the table.
 """
 from itertools import chain
 

@@ -26,7 +26,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import sys
 import time
 import warnings
@@ -38,7 +37,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tokenizers import Tokenizer as BytePairTokenizer
 from tokenizers import models, pre_tokenizers, trainers
 from torch import nn
@@ -56,6 +55,7 @@ from sampler import add_noise, alpha_bar, generators, predict_x0, sample        
 from text_encoder import (                                                              # noqa: E402
     END, START, ImageConfig, ImageEncoder, TextConfig, TextEncoder, Tokenizer,
 )
+from training import save                                                               # noqa: E402
 from wire import wire                                                                   # noqa: E402
 
 STAGE_A = StageAConfig(widths=(16, 48), deep_blocks=2, codes=64)
@@ -112,7 +112,7 @@ def cached(options, name, batches, network, file):
         start = time.time()
         with torch.inference_mode():
             parts = [network(render_batch(batch)).half() for batch in batches]
-        save_atomically({"latents": torch.cat(parts)}, path)
+        save({"latents": torch.cat(parts)}, path)
         print(f"{name}: {len(parts)} batches cached in {time.time() - start:.0f} s", flush=True)
     return load_file(path)["latents"]
 
@@ -157,7 +157,7 @@ def update_average(average, network, step):
 def save_checkpoint(path, network, average, step):
     state = {f"network.{key}": value for key, value in network.state_dict().items()}
     state |= {f"average.{key}": value for key, value in average.items()}
-    save_atomically(state, path, {"step": str(step)})
+    save(state, path, {"step": str(step)})
 
 
 def load_checkpoint(path, network, resume):
@@ -208,7 +208,7 @@ def train(name, network, compute_losses, steps, lr, options, optimizers=adamw, p
     start_time = time.time()
     saved = 0.0
 
-    def save(step):
+    def save_progress(step):
         if not options.minutes:
             save_checkpoint(checkpoint, network, average, step)
         if preview:
@@ -242,26 +242,18 @@ def train(name, network, compute_losses, steps, lr, options, optimizers=adamw, p
             history = []
         if minutes - saved > (1 if options.minutes else 5):
             saved = minutes
-            save(step)
+            save_progress(step)
     if step > start:
-        save(step)
+        save_progress(step)
     network.load_state_dict(average)
     return network.eval()
-
-
-def save_atomically(tensors, path, metadata=None):
-    """An interruption while writing leaves the old file intact."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {key: value.contiguous() for key, value in tensors.items()}
-    save_file(tensors, f"{path}.part", metadata)
-    os.replace(f"{path}.part", path)
 
 
 def save_fp16(network, path, metadata=None):
     """The result. Integers, the counters of batch norms, keep their type."""
     state = network.state_dict()
     tensors = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
-    save_atomically(tensors, path, metadata)
+    save(tensors, path, metadata)
 
 
 def start_from(network, options, file):

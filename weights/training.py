@@ -74,7 +74,8 @@ def pyramid_noise(noise, randn=torch.randn):
 
 
 def save(tensors, path, metadata=None):
-    """All or nothing: a failure leaves the old file intact."""
+    """All or nothing: a failure or an interruption leaves the old file intact."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata)

@@ -77,7 +77,7 @@ INNER_C = "--layers down_blocks.1 up_blocks.0 kv_mapper clip_txt"
 TRAININGS = {                                           # {name: (data, options of each training)}
     "hexagon": ("hexagon", (
         f"--updates 600 --batch 64 --lr 1e-2 --rank 8 {INNER_C} {FEW_UPDATES}",
-        f"--stage b --semantic-scale 0.75 0.75 --updates 2000 --batch 32 --lr 1.5e-3 --rank 8 "
+        "--stage b --semantic-scale 0.75 0.75 --updates 2000 --batch 32 --lr 1.5e-3 --rank 8 "
         f"--layers . _ {FEW_UPDATES}")),
     "sunset": ("sunset", (
         f"--updates 1800 --batch 64 --lr 3e-2 --rank 8 {INNER_C} {FEW_UPDATES} --token [sunset]=orange",)),
@@ -155,12 +155,13 @@ def known_rows(cascade, count, **how):
 def score_lora(options):
     name = options.name
     tokens = TOKEN if name == "sunset" else None
+    how = {"guidance": GUIDANCE} if tokens else {}
     for strength in (0.0, 0.5, 1.0):
         loras = [(options.file or FOLDER / f"{name}.safetensors", strength)]
         cascade = Cascade(options.weights, "cpu", keep=True, loras=loras, tokens=tokens)
         for two in (0, 1):
             text = f"{name}, {1 + two} objects, strength {strength}"
-            print_row(text, cascade, new_prompts(options.count, name, two), guidance=GUIDANCE)
+            print_row(text, cascade, new_prompts(options.count, name, two), **how)
     known_rows(cascade, options.count)
 
 
