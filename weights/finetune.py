@@ -12,7 +12,8 @@ Loss, weighting, dropout of conditions, optimiser and defaults are those of the 
 in the following, mostly to stay short:
 
 - Images are cropped to one size; the original has batches of several aspect ratios.
-- No dropout inside the network, and no warm-up; the original has 0.1 except for LoRAs, and one update with rate 0.
+- There is no dropout inside the network, where the original has 0.1, except for LoRAs; and no warm-up, which in the
+  original is one update at rate 0.
 - A LoRA may also train Stage B (--stage b).
 - An inpainting ControlNet learns from random rectangles; the original finds objects with a network of its own.
 - --weight x0 is for few updates, as on the tiny cascade: the original's weights hardly count the noisiest latents, in
