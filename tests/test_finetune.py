@@ -222,7 +222,7 @@ def test_the_evaluator_knows_what_is_new_where_it_is_asked_to():
     for _ in range(20):
         scene = shapes.sample_scene(rng, two=0)
         item, = scene.objects
-        for new in (item, replace(item, shape="hexagon"), replace(item, colour="pink")):
+        for new in (item, replace(item, shape="hexagon"), replace(item, colour="lilac")):
             true = replace(scene, objects=(new,))
             found = shapes.detect(shapes.render(true), **lists)
             assert shapes.score(true, found)["all"] and shapes.is_intact(found)

@@ -1,6 +1,6 @@
 """What finetune.py adds to a cascade to train it: LoRAs, new tokens, a ControlNet and its hints.
 
-To use finished LoRA files nothing of this is needed: model.load merges them into the weights.
+A finished LoRA file needs none of this: model.load merges it into the weights.
 """
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,7 +18,8 @@ from text_encoder import Tokenizer
 # ---- LoRA --------------------------------------------------------------------------------------------
 
 class LoraWeight(nn.Module):
-    """W + up down / rank (Hu et al., 2021). As in the original, `up` starts at random and `down` at 0."""
+    """W + up down / rank (Hu et al., 2021). As in the original code, `up` starts at
+    random and `down` at zero; in the paper it is the other way round."""
     def __init__(self, weight, rank):
         super().__init__()
         self.enabled = True
@@ -34,7 +35,7 @@ class LoraWeight(nn.Module):
 
 
 def add_lora(unet, rank, layers):
-    """Adds a LoraWeight to every linear layer and 1x1 convolution with one of the texts `layers` in its path
+    """Adds a LoraWeight to every linear layer and 1x1 convolution whose path contains one of the strings in `layers`
     -> {name of the layer in LoRA files: LoraWeight}."""
     added = {}
     for path, layer in list(unet.named_modules()):
@@ -51,7 +52,7 @@ def add_lora(unet, rank, layers):
 
 @contextmanager
 def disabled(added):
-    """The network without its LoRA, for a while."""
+    """Switches the LoRA off inside a `with` block."""
     for lora in added.values():
         lora.enabled = False
     yield
@@ -77,7 +78,7 @@ def lora_tensors(added, stage):
 # ---- new tokens --------------------------------------------------------------------------------------
 
 class NewTokens(nn.Module):
-    """The table of token embeddings with more rows, each the mean of a word's rows and what is learned."""
+    """The token embeddings with new rows appended: each is the mean of its word's rows plus a learned change."""
     def __init__(self, table, words):
         super().__init__()
         self.ids = len(table) + torch.arange(len(words))
@@ -105,8 +106,8 @@ def add_tokens(cascade, tokens):
 # ---- ControlNet --------------------------------------------------------------------------------------
 
 def new_controlnet(options, cascade, widths):
-    """A ControlNet that has no effect yet, as its last layers are zero. Its backbone starts as the semantic encoder's,
-    whose first layer is cut to the hint's channels or filled up with zeros; for super-resolution at random."""
+    """A ControlNet without effect, as its last layers are zero. Its backbone starts from the semantic encoder, with the
+    first layer cut or zero-padded to the hint's channels; for super-resolution it starts at random."""
     blocks = tuple(options.blocks)
     fits = all(0 <= block < len(widths) for block in blocks)
     require(fits, f"--blocks: expected numbers from 0 to {len(widths) - 1}, got {blocks}")

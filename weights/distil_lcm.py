@@ -1,16 +1,16 @@
-"""Distils Stage C into a LoRA with which it draws in a few steps and without a second row for guidance.
+"""Distils Stage C into a LoRA that draws in a few steps and without guidance, so with one row per image.
 
     python weights/distil_lcm.py DATA --out lcm.safetensors
     python cascade.py "a red circle" --lora lcm.safetensors --recipe lcm --steps 4 --decoder-steps 4 --guidance 1
 
 Latent consistency distillation (Luo et al., 2023, arXiv 2310.04378, algorithm 1). The teacher, Stage C as it is, takes
 one DDIM step with classifier-free guidance along the path from noise to image. The student, Stage C with the LoRA,
-learns to predict the same x0 at both ends of that step, and so, step by step, at every time what the teacher would
-reach in the end. Differences from the paper: the student itself, without gradient, is the target (its moving average
-there); the guidance scale is fixed, so that it is not an input; x0 is predicted from eps as in sampler.lcm, without
-the factors c_skip and c_out.
+learns to predict the same x0 at both ends of that step. So, from step to step, it learns to predict at every time the
+end of the teacher's path. Differences from the paper: the target comes from the student itself, without gradient,
+instead of its moving average; the guidance scale is fixed and not an input; x0 is predicted from eps as in
+sampler.lcm, without the factors c_skip and c_out.
 
-DATA is a folder of images with captions, as for finetune.py, whose options these are.
+DATA is a folder of images with captions. The options are those of finetune.py, and --guidance.
 """
 import sys
 

@@ -5,19 +5,22 @@
     python weights/finetune.py DATA --what controlnet --kind canny --out canny.safetensors
     python weights/finetune.py --plan                       # the memory that each of these needs
 
-Images and captions are encoded once, before training. Every --save-every updates a checkpoint and sample images are
-written next to OUT; the same command continues from there, and ends with the same weights as without interruption.
+The default is the tiny cascade; --weights FOLDER trains other weights. weights/README.md says how to use the results.
+
+Images and captions are encoded once, before training. A checkpoint and sample images are saved next to OUT after every
+--save-every updates. The same command continues from the checkpoint, and ends with the same weights as a run without
+interruption.
 
 Loss, weighting, dropout of conditions, optimiser and defaults are those of the original code (training.py). It differs
 in the following, mostly to stay short:
 
 - Images are cropped to one size; the original has batches of several aspect ratios.
-- There is no dropout inside the network, where the original has 0.1, except for LoRAs; and no warm-up, which in the
-  original is one update at rate 0.
+- There is no dropout inside the network (the original has 0.1, except when it trains LoRAs) and no warm-up (the
+  original's is one update at rate 0).
 - A LoRA may also train Stage B (--stage b).
 - An inpainting ControlNet learns from random rectangles; the original finds objects with a network of its own.
-- --weight x0 is for few updates, as on the tiny cascade: the original's weights hardly count the noisiest latents, in
-  which the content of an image is decided.
+- --weight x0 is new. It suits short trainings, as on the tiny cascade: the original's weights hardly count the noisiest
+  latents, where the content of an image is decided.
 
 Shapes: B batch, N images, L tokens, semantic latents (B, 16, Hc, Wc), image latents (B, 4, Hb, Wb).
 """
@@ -312,7 +315,7 @@ def make_parser(prog="finetune.py", description=__doc__):
         help="residual blocks of Stage C that the ControlNet is for (default: as the official ones)")
     add("--rank", type=positive, help="of the LoRA (default: 4)")
     add("--layers", nargs="+", metavar="TEXT",
-        help="linear layers and 1x1 convolutions with one of these texts in their path (default: .attn)")
+        help="linear layers and 1x1 convolutions whose path contains one of these strings (default: .attn)")
     add("--token", type=token_and_word, action="append", metavar="NEW=WORD",
         help="a new token to train, which starts as this word")
     add("--width", type=positive, help="of the images (default: as Stage C was trained, or 1024)")

@@ -27,8 +27,8 @@ COLOURS = {
     "orange": (250, 130, 20), "purple": (145, 50, 180), "white": (250, 250, 250), "black": (15, 15, 15),
 }
 # For fine-tuning. The lists above do not have them, so that the dataset stays the same.
-NEW_SHAPES = ("hexagon",)
-NEW_COLOURS = {"pink": (245, 140, 190)}
+NEW_SHAPES = ("crescent", "hexagon")
+NEW_COLOURS = {"lilac": (214, 176, 226)}
 SIZES = {"small": 15.0, "large": 27.0}                          # half the width of an object, in pixels
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
@@ -153,6 +153,9 @@ def inside(shape, u, v):
     """Which points lie in a shape of radius 1 around (0, 0); u points right, v down. A bool array."""
     if shape == "hexagon":
         return np.maximum(abs(v), abs(u) * sin(pi / 3) + abs(v) / 2) < 0.87
+    if shape == "crescent":
+        u = u - 0.2                                             # centred
+        return (u**2 + v**2 < 0.95**2) & ((u - 0.6)**2 + v**2 > 0.75**2)
     if shape == "circle":
         return u**2 + v**2 < 0.95**2
     if shape == "ring":
@@ -212,7 +215,7 @@ def render(scene, size=SIDE):
 SHAPE_WORDS = {
     "circle": ["circle"] * 4 + ["disc"], "square": ["square"] * 4 + ["box"],
     "triangle": ["triangle"], "star": ["star"], "ring": ["ring"] * 4 + ["hoop"], "heart": ["heart"],
-    "hexagon": ["hexagon"],
+    "crescent": ["crescent"], "hexagon": ["hexagon"],
 }
 SIZE_WORDS = {"large": ["large"] * 3 + ["big"], "small": ["small"] * 4 + ["little", "tiny"]}
 VAGUE_WORDS = ["thing", "object", "shape"]

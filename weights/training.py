@@ -1,6 +1,6 @@
 """The loss that Stable Cascade was trained with, as the original code computes it, and a loop with checkpoints.
 
-Time t is drawn uniformly, the noise is predicted at that time, and its squared error is weighted by the noise level.
+The time t is drawn uniformly; the squared error of the predicted noise is weighted by the noise level.
 The letters are those of sampler.py: a = alpha_bar(t), x0 a clean latent, B the number of rows.
 """
 import json
@@ -59,8 +59,8 @@ class AdaptiveWeight:
 
 
 def pyramid_noise(noise, randn=torch.randn):
-    """Stage B's noise: added to it is noise of grids 2, 4, 8, … times coarser, of at most 16 rows, each 0.75 times as
-    strong as the one before."""
+    """Stage B's noise: Gaussian noise plus upsampled noise of coarser grids (2, 4, 8, … times coarser, 16 rows at most),
+    each 0.75 times as strong as the previous one; scaled back to variance 1."""
     variance = 1.0
     for i in range(1, 10):
         side = noise.shape[2] // 2 ** i

@@ -4,10 +4,10 @@ controlnet.png and extensions.png.
     python weights/figures/make_extensions.py train hexagon WORK        writes WORK/hexagon.safetensors
     python weights/figures/make_extensions.py score sunset              the rows of weights/README.md
     python weights/figures/make_extensions.py score hexagon --file WORK/hexagon.safetensors
-    python weights/figures/make_extensions.py score pink --weights WORK
+    python weights/figures/make_extensions.py score lilac --weights WORK
     python weights/figures/make_extensions.py draw
 
-The demonstrations: a new shape (hexagon), a new token for a colour scheme (sunset), a ninth colour (pink), a ControlNet
+The demonstrations: a new shape (hexagon), a new token for a colour scheme (sunset), a ninth colour (lilac), a ControlNet
 (canny), sampling in 4 steps (lcm), and repainting one of two objects (inpainting, which needs no training).
 """
 import argparse
@@ -31,7 +31,7 @@ from shapes import COLOURS, NEW_COLOURS, NEW_SHAPES, SHAPES, pick
 
 TINY = HERE.parent / "tiny"
 FOLDER = TINY / "extensions"
-IMAGES = {"hexagon": (200, 0), "sunset": (200, 200), "pink": (1000, 1000), "known": (0, 3000)}     # new, known
+IMAGES = {"hexagon": (200, 0), "sunset": (200, 200), "lilac": (1000, 1000), "known": (0, 3000)}     # new, known
 TOKEN = {"[sunset]": "orange"}                            # it means orange objects on purple
 DATA_SEED, TEST_SEED = 2001, 2002
 GUIDANCE = 2.0                                          # with a LoRA for a token, and with a hint
@@ -55,8 +55,8 @@ def add_new(scene, rng, name):
         objects = tuple(replace(item, colour="orange") for item in scene.objects)
         return replace(scene, objects=objects, background="purple")
     if rng.random() < 0.3:
-        return replace(scene, background="pink")
-    return change_object(scene, rng, colour="pink")
+        return replace(scene, background="lilac")
+    return change_object(scene, rng, colour="lilac")
 
 
 def caption(scene, rng, name):
@@ -81,7 +81,7 @@ TRAININGS = {                                           # {name: (data, options 
         f"--layers . _ {FEW_UPDATES}")),
     "sunset": ("sunset", (
         f"--updates 1800 --batch 64 --lr 3e-2 --rank 8 {INNER_C} {FEW_UPDATES} --token [sunset]=orange",)),
-    "pink": ("pink", (
+    "lilac": ("lilac", (
         f"--what full --wired --updates 1500 --batch 64 --lr 1e-3 {FEW_UPDATES}",
         "--what full --wired --stage b --semantic-scale 0.75 0.75 "
         f"--updates 1400 --batch 32 --lr 1e-3 {FEW_UPDATES}")),
@@ -103,7 +103,7 @@ def train(name, work):
         files.append(work / f"{name}_{len(files)}.safetensors")
         command = [sys.executable, script, work / data, "--out", files[-1], *options.split(), "--device", "cpu"]
         subprocess.run(command, check=True)
-    if name == "pink":
+    if name == "lilac":
         shutil.copytree(TINY, work, dirs_exist_ok=True)
         for file, stage in zip(files, "cb"):
             shutil.copy(file, work / f"stage_{stage}.safetensors")
@@ -168,7 +168,7 @@ def score_lora(options):
 def score_full(options):
     cascade = Cascade(options.weights, "cpu", keep=True)
     for two in (0, 1):
-        print_row(f"pink, {1 + two} objects", cascade, new_prompts(options.count, "pink", two))
+        print_row(f"lilac, {1 + two} objects", cascade, new_prompts(options.count, "lilac", two))
     known_rows(cascade, options.count)
 
 
@@ -255,7 +255,7 @@ def score_inpainting(options):
           f"the whole image is as asked for in {100 * np.mean(right):.1f} %")
 
 
-SCORES = {"hexagon": score_lora, "sunset": score_lora, "pink": score_full, "lcm": score_lcm,
+SCORES = {"hexagon": score_lora, "sunset": score_lora, "lilac": score_full, "lcm": score_lcm,
           "canny": score_canny, "inpainting": score_inpainting}
 
 
