@@ -38,9 +38,8 @@ import traceback
 import uuid
 import warnings
 from contextlib import redirect_stderr, redirect_stdout, suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import get_type_hints
 
 import numpy as np
 import torch
@@ -118,14 +117,16 @@ class Cascade:
                  seed=0, recipe="diffusers", steps=20, decoder_steps=10, decoder_guidance=None,
                  output="pil", init_image=None, strength=0.8, control=None, hint=None, mask=None,
                  **others):
-        """Prompts -> images, `images` for each prompt; image i of the batch has the seed `seed + i`. The arguments are
-        those of `prior`, which also gets the others, and of `decode`."""
+        """Text to image: `images` for each prompt; image i of the batch has the seed `seed + i`. decoder_steps,
+        decoder_guidance and output are those of `decode`; all other arguments, `others` included, those of `prior`."""
         check(decoder_steps=decoder_steps, output=output, steps=steps, strength=strength)
         if decoder_guidance is not None:
             check(decoder_guidance=decoder_guidance)
         check_control(control, hint, mask, init_image)
-        self.check_networks("text_encoder", "stage_c", "stage_b", "stage_a")
-        self.check_controlnet(control)
+        names = ["text_encoder", "stage_c", "stage_b", "stage_a"]
+        if control is not None:
+            names.append(f"controlnet/{control}")
+        self.check_networks(*names)
         width, height = self.size(width, height, control, hint)
         size = {"width": width, "height": height, "compression": compression}
         text = self.encode_prompt(prompts, negative)
@@ -146,7 +147,7 @@ class Cascade:
 
         prompts             strings, or TextEmbeddings, which include the negative prompts
         compression         pixels per position of the semantic latent; up to 64 for large images
-        steps               a number, or a list of falling times, such as [1, 0.8, 0.5, 0]; then strength is not used
+        steps               a number, or a list of decreasing times, such as [1, 0.8, 0.5, 0]; then strength is not used
         variation_images    reference images, or their CLIP embeddings (R, E)
         init_image          image to image: start from this image, or from a semantic latent (1 or N, 16, Hc, Wc), noised
                             to t = strength; int(steps * strength) steps remain
@@ -159,10 +160,12 @@ class Cascade:
         check(steps=steps, guidance=guidance, images=images, strength=strength)
         check(recipe=recipe, interval=interval, control_strength=control_strength)
         check_control(control, hint, mask, init_image)
-        self.check_controlnet(control)
+        if control is not None:
+            self.config(f"controlnet/{control}")        # an error unless it is for this Stage C
         width, height = self.size(width, height, control, hint)
         text = self.encode_prompt(prompts, negative)
-        N = images * len(text.pooled) // 2
+        P = len(text.pooled) // 2
+        N = images * P
         noise_generators = generators(check_seeds(seed, N), N)
         shape = (16, *semantic_sides(width, height, compression))
         condition = {"clip_text": text.hidden.repeat_interleave(images, dim=0),  # (2 * N, L, D)
@@ -364,18 +367,6 @@ class Cascade:
                 self.config(name)
         return networks
 
-    def check_controlnet(self, control):
-        """Refuses a ControlNet for another Stage C."""
-        if control is None:
-            return
-        controlnet = self.config(f"controlnet/{control}")
-        widths = dict(enumerate(self.config("stage_c").residual_widths))
-        for block in controlnet.blocks:
-            expected = widths.get(block, 0)
-            found = controlnet.unet_width
-            require(found == expected, f"controlnet/{control}: is for another Stage C: it has {found} "
-                    f"channels for residual block {block}, expected {expected}")
-
     def config(self, name: str):
         """The config of a network, from the header of its file."""
         check(network=name)
@@ -384,6 +375,12 @@ class Cascade:
             found = getattr(config, field, None)
             require(found == channels.get(name),
                     f"{self.file(name)}: expected {field} {channels.get(name)}, got {found}")
+        if name.startswith("controlnet/"):
+            widths = dict(enumerate(self.config("stage_c").residual_widths))
+            for block in config.blocks:
+                expected = widths.get(block, 0)
+                require(config.unet_width == expected, f"{name}: is for another Stage C: it has "
+                        f"{config.unet_width} channels for residual block {block}, expected {expected}")
         return config
 
     def network(self, name: str) -> torch.nn.Module:
@@ -443,20 +440,20 @@ CHOICES = {"recipe": RECIPES, "output": OUTPUTS, "lite": LITE, "network": NETWOR
            "control": CONTROLS}
 
 
-def is_number(value, low=0, high=1, kind=numbers.Real):
+def is_number(value, low, high, kind=numbers.Real):
     return isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high
 
 
 def check(**values):
     """Raises an error that names the first invalid value, by its keyword or by its option."""
-    for label, value in values.items():
-        name = label.removeprefix("--").replace("-", "_")
-        is_times = isinstance(value, (list, tuple)) and all(map(is_number, value))
+    for argument, value in values.items():
+        name = argument.removeprefix("--").replace("-", "_")
+        is_times = isinstance(value, (list, tuple)) and all(is_number(time, 0, 1) for time in value)
         if name.endswith("interval"):
             expected = "two times from 0 to 1, the lower one first"
             valid = is_times and len(value) == 2 and value[0] <= value[1]
         elif name in ("steps", "decoder_steps") and isinstance(value, list):
-            expected = "at least two falling times between 1 and 0"
+            expected = "at least two decreasing times between 1 and 0"
             valid = is_times and len(value) > 1 and value == sorted(set(value), reverse=True)
         elif name in CHOICES:
             expected = f"one of {', '.join(map(str, CHOICES[name]))}"
@@ -465,7 +462,7 @@ def check(**values):
             kind, low, high = LIMITS[name]
             expected = f"{'an integer' if kind is int else 'a number'} from {low} to {high}"
             valid = is_number(value, low, high, numbers.Integral if kind is int else numbers.Real)
-        require(valid, f"{label}: expected {expected}, got {value!r:.80}")
+        require(valid, f"{argument}: expected {expected}, got {value!r:.80}")
 
 
 def check_seeds(first, count):
@@ -626,8 +623,7 @@ def load_image(source: str | Path | Image.Image) -> Image.Image:
             return to_rgb(source)
         except (OSError, ValueError, SyntaxError) as error:     # its file is damaged: PIL reads it only now
             raise CascadeError(f"this PIL image cannot be read ({error})") from error
-    kinds = ", ".join(IMAGE_FORMATS)
-    with reading(source, f"an image ({kinds}) of less than 178 million pixels"):
+    with reading(source, f"an image ({', '.join(IMAGE_FORMATS)}) of less than 178 million pixels"):
         with Image.open(source, formats=IMAGE_FORMATS) as image:
             return to_rgb(image)
 
@@ -689,21 +685,22 @@ def canny(image: Tensor | np.ndarray, low: int = 100, high: int = 200) -> Tensor
     strongest = (dx.abs() + dy.abs()).argmax(0, keepdim=True)  # the channel
     dx = dx.gather(0, strongest)[0].long()  # (H, W)
     dy = dy.gather(0, strongest)[0].long()  # (H, W)
-    m = F.pad(dx.abs() + dy.abs(), (1, 1, 1, 1))  # (H + 2, W + 2)
-    centre = m[1:-1, 1:-1]  # (H, W)
+    magnitude = F.pad(dx.abs() + dy.abs(), (1, 1, 1, 1))  # (H + 2, W + 2)
+    centre = magnitude[1:-1, 1:-1]  # (H, W)
 
-    # ridges: larger than both neighbours in the direction of the gradient, which is one of four
-    horizontal = (centre > m[1:-1, :-2]) & (centre >= m[1:-1, 2:])
-    vertical = (centre > m[:-2, 1:-1]) & (centre >= m[2:, 1:-1])
-    falling = (centre > m[:-2, :-2]) & (centre > m[2:, 2:])
-    rising = (centre > m[:-2, 2:]) & (centre > m[2:, :-2])
-    x, y = dx.abs(), dy.abs() << 15
-    tangent = 13573 * x  # of 22.5 degrees, in the same fixed point
+    # non-maximum suppression: keep what is larger than both neighbours along its gradient, one of four directions
+    horizontal = (centre > magnitude[1:-1, :-2]) & (centre >= magnitude[1:-1, 2:])
+    vertical = (centre > magnitude[:-2, 1:-1]) & (centre >= magnitude[2:, 1:-1])
+    falling = (centre > magnitude[:-2, :-2]) & (centre > magnitude[2:, 2:])
+    rising = (centre > magnitude[:-2, 2:]) & (centre > magnitude[2:, :-2])
+    x = dx.abs()
+    y = dy.abs() << 15  # fixed point with 15 fractional bits, as in OpenCV
+    tangent = 13573 * x  # tan(22.5 degrees) * x, in the same fixed point
     ridge = torch.where((dx < 0) == (dy < 0), falling, rising)
     ridge = torch.where(y > tangent + (x << 16), vertical, ridge)
     ridge = torch.where(y < tangent, horizontal, ridge) & (centre > low)  # (H, W)
 
-    # edges: the strong ridges, and all that are connected with them
+    # hysteresis: keep strong edges, above `high`, and the weak ones that are connected to them
     edges = ridge & (centre > high)
     found = 0
     while edges.sum() > found:
@@ -792,39 +789,42 @@ TIMES = {"metavar": ("LOW", "HIGH"), "nargs": 2, "type": float}
 FLAG = {"action": "store_const", "const": True}
 PRIOR = {"action": "store_const", "const": "prior"}
 DECODER = {"action": "store_const", "const": "decoder"}
+STAGE_C = "pPf"                                         # the modes that run it
+STAGE_B = "pflr"
+NEW_LATENTS = "pPfrR"
 # name: (the modes that use it, its default, a number's limits or argparse's settings, help). The modes are the letters in
 # MODES; P and R stand for p and r when only latents are saved.
 OPTIONS = {
     "prompt_file": ("f", None, FILE, "one prompt per line; existing images are skipped"),
     "overwrite": ("f", None, FLAG, "replace images with other settings"),
     "latents": ("l", None, FILE, "decode these saved semantic latents"),
-    "variation_image": ("pPf", None, FILES, "reference image (repeatable)"),
-    "init_image": ("pPf", None, FILE, "image to image: the image to start from"),
-    "strength": ("pPf", 0.8, (float, 0, 1), "how much --init-image changes"),
-    "control": ("pPf", None, {"choices": CONTROLS}, "use this ControlNet; needs --hint"),
-    "hint": ("pPf", None, FILE, "the ControlNet's hint image"),
-    "control_strength": ("pPf", 1.0, (float, 0, 100), "factor of the ControlNet's output"),
-    "mask": ("pPf", None, FILE, "white where to paint; for --init-image, --control inpainting"),
+    "variation_image": (STAGE_C, None, FILES, "reference image (repeatable)"),
+    "init_image": (STAGE_C, None, FILE, "image to image: the image to start from"),
+    "strength": (STAGE_C, 0.8, (float, 0, 1), "how much --init-image changes"),
+    "control": (STAGE_C, None, {"choices": CONTROLS}, "use this ControlNet; needs --hint"),
+    "hint": (STAGE_C, None, FILE, "the ControlNet's hint image"),
+    "control_strength": (STAGE_C, 1.0, (float, 0, 100), "factor of the ControlNet's output"),
+    "mask": (STAGE_C, None, FILE, "white where to paint; for --init-image, --control inpainting"),
     "lora": ("pPfl", None, LORA, "merge this LoRA into the weights (repeatable; strength: 1)"),
     "token": ("pPfl", None, TOKEN, "a LoRA's new token, and its initial word (repeatable)"),
     "reconstruct": ("rR", None, FILE, "encode this image to a semantic latent, then decode"),
     "previews": ("pP", None, FOLDER, "save Stage C's prediction at each step"),
     "animate": ("p", None, NEW_FILE, ".gif or .webp: the first image, step by step in both stages"),
-    "negative": ("pPf", "", TEXT, "negative prompt: what not to draw (needs guidance)"),
-    "width": ("pPfrR", None, (int, 64, 8192), "in pixels (default: the size trained for)"),
-    "height": ("pPfrR", None, (int, 64, 8192), "in pixels (default: the size trained for)"),
-    "compression": ("pPfrR", COMPRESSION, (float, 4, 128), "image size / semantic latent's size"),
-    "images": ("pPf", 1, (int, 1, 1000), "images per prompt"),
-    "seed": ("pPfrR", 0, (int, 0, 2 ** 32 - 1), "of the first image; image i has seed + i"),
-    "steps": ("pPf", 20, (int, 1, 1000), "denoising steps of Stage C"),
-    "guidance": ("pPf", 4.0, (float, 0, 100), "guidance scale; up to 1: none"),
-    "guidance_interval": ("pPf", [0.0, 1.0], TIMES, "apply guidance at these times; 1 is noise"),
-    "decoder_steps": ("pflr", 10, (int, 1, 1000), "denoising steps of Stage B"),
-    "decoder_guidance": ("pflr", None, (float, 0, 100), "that of Stage B (default: the recipe's)"),
-    "recipe": ("pPfrR", "diffusers", {"choices": RECIPES}, "sampling recipe, see sampler.py"),
-    "lite_prior": ("pPf", None, PRIOR, "the lite Stage C"),
-    "lite_decoder": ("pflr", None, DECODER, "the lite Stage B"),
-    "decoder_dtype": ("pflr", None, {"choices": DTYPES}, "of Stage B and A (default: as --dtype)")}
+    "negative": (STAGE_C, "", TEXT, "negative prompt: what not to draw (needs guidance)"),
+    "width": (NEW_LATENTS, None, (int, 64, 8192), "in pixels (default: the size trained for)"),
+    "height": (NEW_LATENTS, None, (int, 64, 8192), "in pixels (default: the size trained for)"),
+    "compression": (NEW_LATENTS, COMPRESSION, (float, 4, 128), "image size / semantic latent's size"),
+    "images": (STAGE_C, 1, (int, 1, 1000), "images per prompt"),
+    "seed": (NEW_LATENTS, 0, (int, 0, 2 ** 32 - 1), "of the first image; image i has seed + i"),
+    "steps": (STAGE_C, 20, (int, 1, 1000), "denoising steps of Stage C"),
+    "guidance": (STAGE_C, 4.0, (float, 0, 100), "guidance scale; up to 1: none"),
+    "guidance_interval": (STAGE_C, [0.0, 1.0], TIMES, "apply guidance at these times; 1 is noise"),
+    "decoder_steps": (STAGE_B, 10, (int, 1, 1000), "denoising steps of Stage B"),
+    "decoder_guidance": (STAGE_B, None, (float, 0, 100), "that of Stage B (default: the recipe's)"),
+    "recipe": (NEW_LATENTS, "diffusers", {"choices": RECIPES}, "sampling recipe, see sampler.py"),
+    "lite_prior": (STAGE_C, None, PRIOR, "the lite Stage C"),
+    "lite_decoder": (STAGE_B, None, DECODER, "the lite Stage B"),
+    "decoder_dtype": (STAGE_B, None, {"choices": DTYPES}, "of Stage B and A (default: as --dtype)")}
 LIMITS = {name: takes for name, (_, _, takes, _) in OPTIONS.items() if isinstance(takes, tuple)}
 LIMITS |= {"prior_steps": (int, 0, 1000), "lora_strength": (float, -100, 100)}
 
@@ -858,8 +858,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
-def settle(options):
-    """Finds the mode, refuses options that it does not use, and fills in its defaults."""
+def resolve_options(options):
+    """Returns the mode. Refuses options that it does not use, and fills in its defaults."""
     options.prompts = options.prompts or None
     modes = [name for name in MODES if getattr(options, name) is not None]
     if not modes and (options.variation_image or options.init_image or options.hint):
@@ -938,7 +938,7 @@ class Record:
             require(values["version"] == 2, f"expected version 2, got {values['version']!r:.80}")
             json.dumps(values, ensure_ascii=False).encode()         # an error unless it is UTF-8
             record = Record(**values)
-            for name, kind in get_type_hints(Record).items():
+            for name, kind in Record.__annotations__.items():
                 value = getattr(record, name)
                 require(isinstance(value, kind), f"{name}: expected {kind}, got {value!r:.80}")
                 if value is not None and name in (*LIMITS, *CHOICES, "guidance_interval"):
@@ -966,7 +966,7 @@ class Job:
 
 
 def run(options):
-    mode = settle(options)
+    mode = resolve_options(options)
     rank, world = torchrun_rank(mode)
     device = default_device() if options.device == "auto" else options.device
     if device == "cuda" and world > 1:                  # each process has a GPU of its own
@@ -1009,10 +1009,8 @@ def plan(options, mode, cascade):
         names += ["stage_b", "stage_a"]
     if options.previews or options.animate:
         cascade.check_networks("previewer")
-    names_of_fields = [field.name for field in fields(Record)]
-    values = {name: value for name, value in vars(options).items() if name in names_of_fields}
+    values = {name: value for name, value in vars(options).items() if name in Record.__annotations__}
     values["networks"] = cascade.check_networks(*names)
-    cascade.check_controlnet(options.control)
     values["width"], values["height"] = cascade.size(
         options.width, options.height, options.control, options.hint)
     values["prompts"] = options.prompts or [""]
@@ -1092,8 +1090,7 @@ def check_outputs(options, paths):
         require(writable, f"{path}: cannot be written; does its folder exist, and is it writable?")
         if exists(path):
             require(path.is_file(), f"{path}: cannot be written; it is not a file")
-            is_input = os.path.realpath(path) in inputs
-            require(not is_input, f"{path}: is an input; expected another name")
+            require(os.path.realpath(path) not in inputs, f"{path}: is an input; expected another name")
             is_ours = path.suffix != ".safetensors" or "cascade" in Weights(path).metadata
             require(is_ours, f"{path}: exists and holds tensors other than latents")
 
@@ -1105,9 +1102,8 @@ def remaining(options, jobs, rank, world):
         say(f"rank {rank} of {world}: {len(share)} of {len(jobs)} prompts")
     missing = []
     for job in share:
-        done = []
-        for i, path in enumerate(job.outputs):
-            done.append(is_done(path, job.record.texts(i), options.overwrite))
+        done = [is_done(path, job.record.texts(i), options.overwrite)
+                for i, path in enumerate(job.outputs)]
         if not all(done):
             missing.append(job)
     if share and not missing:
@@ -1129,7 +1125,7 @@ def is_done(path, texts, overwrite):
 
 
 def draw(options, cascade, jobs):
-    """Runs each stage for all jobs, so that each network is loaded once."""
+    """Runs each stage for all jobs, so that each network is loaded once and released before the next."""
     texts = []
     for job in jobs:
         text = cascade.encode_prompt(job.record.prompts, job.record.negative or "")

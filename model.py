@@ -2,7 +2,8 @@
 
     UNet                Stage C: text -> semantic latent; Stage B: semantic latent -> image latent; one class, two sizes
     StageA              a VQGAN: image latent <-> pixels, 4 times larger on each side
-    SemanticEncoder     an EfficientNet-V2-S: pixels -> semantic latent, 42.67 times smaller on each side
+    SemanticEncoder     an EfficientNet-V2-S: pixels -> semantic latent, 32 times smaller on each side; the image is
+                        first resized to 3/4, which makes it 42.67 times smaller than the image
     Previewer           semantic latent -> a small image, to preview Stage C's progress
     ControlNet          edges, an image with a mask, or a semantic latent -> feature maps that are added inside Stage C
 
@@ -230,7 +231,9 @@ class UNet(nn.Module):
     def __init__(self, config: UNetConfig):
         super().__init__()
         self.config = config
-        c, c_cond, widths = config.widths[0], config.c_cond, config.widths
+        widths = config.widths
+        c = widths[0]
+        c_cond = config.c_cond
         c_patch = config.latent_channels * config.patch_size ** 2
 
         # conditions
@@ -305,7 +308,8 @@ class UNet(nn.Module):
         for name in self.config.time_conditions:
             times.append(torch.zeros_like(r) if given[name] is None else given[name])
         frequencies = FREQUENCIES.to(r.device)  # (32)
-        angles = torch.stack(times, dim=1)[:, :, None] * 10000 * frequencies  # (B, len(times), 32)
+        positions = torch.stack(times, dim=1) * 10000  # (B, len(times)), as large as positions in a transformer
+        angles = positions[:, :, None] * frequencies  # (B, len(times), 32)
         return torch.cat([angles.sin(), angles.cos()], dim=2).flatten(1)
 
     def embed_clip(self, pooled: Tensor, text: Tensor | None, image: Tensor | None) -> Tensor:
@@ -331,7 +335,7 @@ class UNet(nn.Module):
         x                   (B, 16, Hc, Wc) for Stage C; (B, 4, Hb, Wb), even sides, for Stage B
         r                   (B,) fp32, the time as the network sees it: 1 is pure noise, 0 is none
         clip_text_pooled    (B, D) or (B, 1, D)
-        clip_text           (B, L, D), all rows of the text encoder; Stage C only
+        clip_text           (B, L, D), all tokens, padding included; Stage C only
         clip_img            (B, E) or (B, R, E), embeddings of reference images; Stage C only; zeros if None
         effnet              (B, 16, Hc, Wc), the semantic latent; Stage B only; not added if None
         pixels              (B, 3, any height, any width) in [0, 1], an image; Stage B only; zeros if None
@@ -353,28 +357,29 @@ class UNet(nn.Module):
             x = x + resize(pixels, grid)  # (B, H, W, C)
 
         skips = []
-        numbers = itertools.count()  # of the residual blocks
+        block_numbers = itertools.count()  # of the residual blocks
         down = zip(self.down_blocks, self.down_downscalers, self.down_repeat_mappers)
         for blocks, downscale, mappers in down:
             x = downscale(x)
-            x = self._run_level(blocks, mappers, x, t_emb, cond, None, control, numbers)
+            x = self._run_level(blocks, mappers, x, t_emb, cond, None, control, block_numbers)
             skips.append(x)
         up = zip(self.up_blocks, self.up_upscalers, self.up_repeat_mappers)
         for blocks, upscale, mappers in up:
             skip = skips.pop()
             x = resize(x, skip.shape[1:3])  # odd sides were rounded down on the way down
-            x = self._run_level(blocks, mappers, x, t_emb, cond, skip, control, numbers)
+            x = self._run_level(blocks, mappers, x, t_emb, cond, skip, control, block_numbers)
             x = upscale(x)
         return self.clf(x)
 
     @staticmethod
-    def _run_level(blocks, mappers, x, t_emb, cond, skip, control, numbers):
+    def _run_level(blocks, mappers, x, t_emb, cond, skip, control, block_numbers):
         """Runs the blocks of a level, as often as it repeats, with a 1x1 convolution between the runs."""
-        for mapper in [nn.Identity(), *mappers]:
-            x = mapper(x)
+        for i in range(1 + len(mappers)):
+            if i > 0:
+                x = mappers[i - 1](x)
             for block in blocks:
                 if control and isinstance(block, ResidualBlock):
-                    x = add_control(x, control.get(next(numbers)))
+                    x = add_control(x, control.get(next(block_numbers)))
                 x = block(x, t_emb, cond, skip)
         return x
 
@@ -527,7 +532,7 @@ def efficientnet(config, c_in=3):
     """The backbone of the semantic encoder, and of a ControlNet that looks at images."""
     backbone = nn.Sequential(conv_norm_act(c_in, config.stem, 3, stride=2))
     if c_in != 3:
-        backbone[0][0].padding = (0, 0)  # as in the original; the tensors do not show it
+        backbone[0][0].padding = (0, 0)  # a ControlNet's first convolution has none; the tensors do not show it
     c = config.stem
     for (fused, expansion, width, count), stride in zip(config.stages, STRIDES):
         blocks = [MBConv(c, width, fused, expansion, stride)]
@@ -588,7 +593,7 @@ class Previewer(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------- ControlNet
-CONTROL_BLOCKS = (0, 4, 8, 12, 51, 55, 59, 63)          # of the official ControlNets; their files do not say
+CONTROL_BLOCKS = (0, 4, 8, 12, 51, 55, 59, 63)          # of the official ControlNets, whose files do not store them
 
 
 @dataclass(frozen=True)
@@ -626,9 +631,9 @@ class ControlNet(nn.Module):
         super().__init__()
         self.config = config
         if config.encoder is None:
-            wide, c = config.widths
+            c_hidden, c = config.widths
             self.backbone = nn.Sequential(
-                nn.Conv2d(config.hint_channels, wide, 1), nn.LeakyReLU(0.2), nn.Conv2d(wide, c, 1))
+                nn.Conv2d(config.hint_channels, c_hidden, 1), nn.LeakyReLU(0.2), nn.Conv2d(c_hidden, c, 1))
             for _ in range(config.depth):
                 self.backbone.append(ControlBlock(c))
             self.backbone.append(nn.Conv2d(c, config.features, 1))
@@ -655,8 +660,8 @@ class ControlNet(nn.Module):
 # ---------------------------------------------------------------------------------------------------- reading files
 @contextmanager
 def reading(path, expected: str):
-    """The one boundary for files from outside: any failure to read this one becomes a CascadeError of one line that names
-    it. Only regular files are opened: reading a pipe might wait forever."""
+    """Wraps every read of a user's file: any failure becomes a CascadeError of one line that names the file. Only regular
+    files are opened, because reading a pipe might wait forever."""
     try:
         is_file = stat.S_ISREG(os.stat(Path(path)).st_mode)
         require(is_file, f"{path}: expected {expected}, got a folder or a special file")
@@ -694,7 +699,8 @@ PREFIXES = (
     "vae.encoder.", "vae.previewer.", "vae.",           # the semantic encoder and the previewer, or Stage A
     "clip_l_vision.")                                   # the image encoder
 UNUSED = ("logit_scale", ".position_ids", "vae.encoder.mean", "vae.encoder.std")    # endings of names that are not weights
-# Names in other layouts and the official ones. There, query, key and value are three tensors; here they are one.
+# (part of a name in another layout, the official part), replaced in this order. Other layouts store query, key and value
+# as three tensors; the official one stacks them.
 NAMES = (
     ("attention.to_", "attention.attn.to_"),            # diffusers
     ("attn.to_out.0.", "attn.out_proj."),
@@ -742,7 +748,7 @@ class Weights(dict):
             is_stage_b = any(name.endswith("effnet_mapper.0.weight") for name in names)
             for name in names:
                 official = official_name(name) if rename else name
-                if is_stage_b:
+                if is_stage_b:  # diffusers gives this layer the name of Stage C's
                     official = official.replace("clip_txt_pooled_mapper.", "clip_mapper.")
                 require(official.startswith((prefix, *PREFIXES[1:])),
                         f"tensor {name} does not belong to any network")
@@ -776,10 +782,10 @@ class Weights(dict):
             if expected[name].is_floating_point():
                 self.check_float(name)
         tensors = {name: self.tensor(name, device, dtype) for name in self}
-        for name in {name for lora in loras for name in lora.changes}:
+        for name in set().union(*(lora.updates for lora in loras)):
             weight = self.tensor(name, device, torch.float32).clone()
             for lora in loras:
-                lora.change(name, weight)
+                lora.merge(name, weight)
             tensors[name] = weight.to(tensors[name].dtype)
         network.load_state_dict(tensors, assign=True)
         return network.requires_grad_(False).eval()
@@ -814,7 +820,7 @@ class Weights(dict):
         return value
 
 
-LETTERS = {"depthwise": "R", "mapper": "T", "kv_mapper.1": "A"}         # a layer that only this kind of block has
+LETTERS = {"depthwise.weight": "R", "mapper.weight": "T", "kv_mapper.1.weight": "A"}    # a tensor that only it has
 
 
 def unet_config(weights: Weights) -> UNetConfig:
@@ -824,16 +830,22 @@ def unet_config(weights: Weights) -> UNetConfig:
     weights.setting("switch_level", None,
                     lambda value: not value or isinstance(value, list) and not any(value),
                     "false for every level: no official Stage C switches resolution")
-    names = "\n".join(weights)
 
     def letters(level):
-        layers = "|".join(map(re.escape, LETTERS))
-        blocks = re.findall(rf"(?m)^{level}\.(\d+)\.({layers})\.weight$", names)
-        blocks.sort(key=lambda block: int(block[0]))
-        return "".join(LETTERS[layer] for _, layer in blocks)
+        """The letters of a level's blocks, such as RTARTA."""
+        blocks = {}                                     # number of the block -> its letter
+        for name in weights:
+            if name.startswith(f"{level}."):
+                number, _, tensor = name.removeprefix(f"{level}.").partition(".")
+                if tensor in LETTERS:
+                    blocks[int(number)] = LETTERS[tensor]
+        return "".join(blocks[number] for number in sorted(blocks))
 
     def repeats(mappers):
         return 1 + len(weights.series(mappers + ".{}.weight"))
+
+    def has_time(name):
+        return any(f".mapper_{name}." in tensor for tensor in weights)
 
     widths = [shape[0] for shape in weights.series("down_blocks.{}.0.depthwise.weight")]
     levels = range(len(widths))
@@ -846,7 +858,7 @@ def unet_config(weights: Weights) -> UNetConfig:
         c_cond=pooled[0] // CLIP_TOKENS,
         latent_channels=weights["embedding.1.weight"][1] // patch_size ** 2,
         patch_size=patch_size,
-        time_conditions=tuple(name for name in ("sca", "crp") if f".mapper_{name}." in names),
+        time_conditions=tuple(filter(has_time, ("sca", "crp"))),
         text_dim=pooled[1],
         image_dim=0 if is_stage_b else weights["clip_img_mapper.weight"][1],
         semantic_channels=weights["effnet_mapper.0.weight"][1] if is_stage_b else 0)
@@ -902,8 +914,8 @@ def controlnet_config(weights: Weights) -> ControlNetConfig:
     if "backbone.0.0.weight" in weights:
         hint_channels = weights["backbone.0.0.weight"][1]
         return ControlNetConfig(hint_channels, efficientnet_config(weights), **common)
-    wide, hint_channels = weights["backbone.0.weight"][:2]
-    widths = (wide, weights["backbone.2.weight"][0])
+    c_hidden, hint_channels = weights["backbone.0.weight"][:2]
+    widths = (c_hidden, weights["backbone.2.weight"][0])
     depth = len(weights.series("backbone.{}.blocks.0.weight", start=3))
     return ControlNetConfig(hint_channels, None, widths, depth, **common)
 
@@ -920,9 +932,12 @@ NETWORKS = {
 
 def identify(path, expect: str | None = None, networks: dict = NETWORKS):
     """The name of the network in a file, its weights and its config. Only the file's header is read."""
-    weights, found = Weights(path), {}                  # found: name -> prefix
+    weights = Weights(path)
+    found = {}                                          # name of a network -> prefix of its tensors
     for name, (marker, _, _) in networks.items():
-        found |= {name: prefix for prefix in PREFIXES if prefix + marker in weights}
+        for prefix in PREFIXES:
+            if prefix + marker in weights:
+                found[name] = prefix
     require(expect or len(found) < 2, f"{path}: holds {', '.join(found)}; name the one to load")
     name = expect or next(iter(found), None)
     require(name in found, f"{path}: expected {expect or ' or '.join(networks)}, "
@@ -946,8 +961,8 @@ def load(path, device: torch.device | str = "cpu", dtype: torch.dtype | None = N
     with reading(path, f"the tensors of a {name}"), torch.device("meta"):
         network = networks[name][1](config)
     require(not loras or name in ("stage_c", "stage_b", "text_encoder"), f"{path}: a {name} takes no LoRA")
-    changes = [Lora(file, strength, network) for file, strength in loras]
-    return weights.load_into(network, device, dtype, changes)
+    loras = [Lora(file, strength, network) for file, strength in loras]
+    return weights.load_into(network, device, dtype, loras)
 
 
 # ---------------------------------------------------------------------------------------------------- LoRA
@@ -975,9 +990,9 @@ class Lora:
     def __init__(self, path, strength: float, network: nn.Module):
         self.path = path
         self.strength = strength
-        self.changes = {}       # name of a weight -> [(third of its rows, down, up, alpha / rank)]
+        self.updates = {}       # name of a weight -> [(third of its rows, down, up, alpha / rank)]
         state = network.state_dict()
-        names = self._names_of_layers(state)
+        names = layer_names(state)
         found = {}              # (layer, third) -> {"down", "up", "alpha": tensor}
         weights = Weights(path, rename=False)
         with reading(path, "a LoRA for Stage C, Stage B or the text encoder"):
@@ -985,67 +1000,28 @@ class Lora:
             for tensor in weights:
                 if tensor in LORA_TOKENS:
                     continue
-                layer, third, part = self._parse(tensor)
-                marker = "clip_txt_mapper"              # a layer that only Stage C has
+                layer, third, part = parse_lora_name(tensor)
                 if tensor.startswith("lora_decoder_unet_"):
-                    marker = "clip_mapper"              # Stage B
+                    marker = "clip_mapper"              # a layer that only Stage B has
                 elif layer.startswith("text_"):
-                    marker = "text_projection"          # the text encoder
-                if marker in names:
-                    require(layer in names, f"{tensor}: no such layer in Stage C, Stage B or the text encoder")
-                    weights.check_float(tensor)
-                    parts = found.setdefault((layer, third), {})
-                    parts[part] = weights.tensor(tensor, dtype=torch.float32)
+                    marker = "text_projection"          # only the text encoder
+                else:
+                    marker = "clip_txt_mapper"          # only Stage C
+                if marker not in names:                 # a layer of another network
+                    continue
+                require(layer in names, f"{tensor}: no such layer in Stage C, Stage B or the text encoder")
+                weights.check_float(tensor)
+                parts = found.setdefault((layer, third), {})
+                parts[part] = weights.tensor(tensor, dtype=torch.float32)
             for (layer, third), parts in found.items():
                 name = names[layer]
                 rows = state[name] if third is None else state[name].chunk(3)[third]
-                change = self._read_layer(layer, parts, rows.shape)
-                self.changes.setdefault(name, []).append((third, *change))
+                update = read_lora_layer(layer, parts, rows.shape)
+                self.updates.setdefault(name, []).append((third, *update))
 
-    @staticmethod
-    def _names_of_layers(state):
-        """{layer: name of its weight}. The original's files number the layers, two for every attention block."""
-        names, numbered = {}, []
-        for name, tensor in state.items():
-            if tensor.dim() > 1:
-                names[name.removesuffix(".weight").replace(".", "_")] = name
-            if name.endswith(".attention.attn.out_proj.weight"):
-                numbered += [name, name.replace("out_proj.weight", "in_proj_weight")]
-        return names | {f"weights_{i}": name for i, name in enumerate(numbered)}
-
-    @staticmethod
-    def _parse(tensor):
-        """lora_unet_up_blocks_0_2_attention_attn_to_q.alpha: the layer up_blocks_0_2_attention_attn_in_proj_weight, its
-        third 0, its part alpha."""
-        match = LORA_TENSOR.fullmatch(tensor)
-        require(match, f"{tensor}: expected a LoRA, with names such as LAYER.lora_up.weight, "
-                "LAYER.lora_down.weight and LAYER.alpha")
-        layer, matrix, alpha = match.groups()
-        part = {"A": "down", "B": "up"}.get(matrix, matrix or alpha)
-        layer = layer.replace(".", "_")
-        for prefix in LORA_PREFIXES:
-            layer = layer.removeprefix(prefix)
-        for pattern, ours, third in LORA_ATTENTION:
-            if re.search(f"{pattern}$", layer):
-                return re.sub(f"{pattern}$", ours, layer), third, part
-        return layer, None, part
-
-    @staticmethod
-    def _read_layer(layer, parts, shape):
-        require({"down", "up"} <= parts.keys(), f"{layer}: expected both lora_down and lora_up")
-        down, up = parts["down"].flatten(1), parts["up"].flatten(1)
-        rows, columns = shape[:2]
-        rank = len(down)
-        fits = rank > 0 and up.shape == (rows, rank) and down.shape[1] in (columns, shape[1:].numel())
-        require(fits, f"{layer}: expected lora_up ({rows}, rank) and lora_down (rank, {columns}), "
-                f"got {tuple(up.shape)} and {tuple(down.shape)}")
-        alpha = parts.get("alpha", torch.tensor(1 if layer.startswith("weights_") else rank))
-        require(alpha.numel() == 1, f"{layer}: expected one alpha")
-        return down, up, alpha.item() / rank
-
-    def change(self, name, weight):
-        """Changes a weight, fp32, in place."""
-        for third, down, up, scale in self.changes.get(name, []):
+    def merge(self, name, weight):
+        """Merges the LoRA into a weight, fp32, in place."""
+        for third, down, up, scale in self.updates.get(name, []):
             delta = self.strength * scale * (up.to(weight) @ down.to(weight))
             require(delta.isfinite().all(), f"{self.path}: its change of {name} is not finite")
             rows = weight if third is None else weight.chunk(3)[third]
@@ -1053,6 +1029,48 @@ class Lora:
                 rows += delta.view_as(rows)
             else:  # a k x k convolution: one number for all its taps
                 rows += delta[..., None, None]
+
+
+def layer_names(state):
+    """{layer: name of its weight}. The original's files number the layers, two for every attention block."""
+    names, numbered = {}, []
+    for name, tensor in state.items():
+        if tensor.dim() > 1:
+            names[name.removesuffix(".weight").replace(".", "_")] = name
+        if name.endswith(".attention.attn.out_proj.weight"):
+            numbered += [name, name.replace("out_proj.weight", "in_proj_weight")]
+    return names | {f"weights_{i}": name for i, name in enumerate(numbered)}
+
+
+def parse_lora_name(tensor):
+    """lora_unet_up_blocks_0_2_attention_attn_to_q.alpha: the layer up_blocks_0_2_attention_attn_in_proj_weight, its
+    third 0, its part alpha."""
+    match = LORA_TENSOR.fullmatch(tensor)
+    require(match, f"{tensor}: expected a LoRA, with names such as LAYER.lora_up.weight, "
+            "LAYER.lora_down.weight and LAYER.alpha")
+    layer, matrix, alpha = match.groups()
+    part = {"A": "down", "B": "up"}.get(matrix, matrix or alpha)
+    layer = layer.replace(".", "_")
+    for prefix in LORA_PREFIXES:
+        layer = layer.removeprefix(prefix)
+    for pattern, ours, third in LORA_ATTENTION:
+        if re.search(f"{pattern}$", layer):
+            return re.sub(f"{pattern}$", ours, layer), third, part
+    return layer, None, part
+
+
+def read_lora_layer(layer, parts, shape):
+    require({"down", "up"} <= parts.keys(), f"{layer}: expected both lora_down and lora_up")
+    down, up = parts["down"].flatten(1), parts["up"].flatten(1)
+    rows, columns = shape[:2]
+    rank = len(down)
+    fits = rank > 0 and up.shape == (rows, rank) and down.shape[1] in (columns, shape[1:].numel())
+    require(fits, f"{layer}: expected lora_up ({rows}, rank) and lora_down (rank, {columns}), "
+            f"got {tuple(up.shape)} and {tuple(down.shape)}")
+    default = 1 if layer.startswith("weights_") else rank  # without alpha only the original's files divide by the rank
+    alpha = parts.get("alpha", torch.tensor(default))
+    require(alpha.numel() == 1, f"{layer}: expected one alpha")
+    return down, up, alpha.item() / rank
 
 
 # ---------------------------------------------------------------------------------------------------- plumbing

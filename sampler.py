@@ -82,7 +82,7 @@ def ddpm(x: Tensor, eps: Tensor, noise: Tensor, a: Tensor, a_next: Tensor) -> Te
 
 def lcm(x: Tensor, eps: Tensor, noise: Tensor, a: Tensor, a_next: Tensor) -> Tensor:
     """Jump to the predicted x0, then add fresh noise to reach level a_next (LCM, algorithm 3)."""
-    return a_next.sqrt() * predict_x0(x, eps, a) + (1 - a_next).sqrt() * noise
+    return add_noise(predict_x0(x, eps, a), noise, a_next)
 
 
 def guide(cond: Tensor, uncond: Tensor, guidance: float, rescale: float = 0.0) -> Tensor:
@@ -143,7 +143,7 @@ def sample(unet, shape: tuple, condition: dict[str, Tensor], steps: int | list[f
     shape               (C, H, W) of one latent
     condition           arguments of the unet by name: N conditional rows, then N unconditional rows (the latter are
                         needed only if guidance > 1)
-    steps               their number, or a list of falling times
+    steps               their number, or a list of decreasing times
     guidance            guidance scale; no guidance if <= 1
     noise_generators    N generators; each draws once for the initial noise and once per step
     init_latent         (N or 1, *shape), image to image: start from this latent, noised to t = strength

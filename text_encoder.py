@@ -114,7 +114,8 @@ class Tokenizer:
         rows = self.bpe.encode_batch(prompts)
         for prompt, row in zip(prompts, rows):
             if row.overflowing:
-                cut = prompt[row.overflowing[0].offsets[1][0]:]  # from the first token after start
+                start, _ = row.overflowing[0].offsets[1]  # of the first token cut; offsets[0] is the start token's
+                cut = prompt[start:]
                 warnings.warn(f"the prompt {prompt[:30]!r} is cut to {len(row)} tokens, "
                               f"without {cut[:30]!r}", stacklevel=2)
         ids = torch.tensor([row.ids for row in rows])  # (B, L)
@@ -190,8 +191,8 @@ class TextEncoder(nn.Module):
     def forward(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """ids and mask of the Tokenizer, (B, L) each -> hidden (B, L, D) and pooled (B, 1, D).
 
-        hidden    the last layer's output before the final norm; all rows are used, padding included
-        pooled    the row of the first end token, after the final norm, projected
+        hidden    the last layer's output before the final norm; Stage C reads all tokens, padding included
+        pooled    that of the first end token, after the final norm, projected
         """
         clip = self.text_model
         B, L = ids.shape
@@ -203,8 +204,8 @@ class TextEncoder(nn.Module):
         for layer in clip.encoder.layers:
             x = layer(x, attn_mask)
         first_end = (ids == self.config.end).int().argmax(dim=1)  # (B)
-        row = x[torch.arange(B, device=x.device), first_end]  # (B, D)
-        pooled = self.text_projection(clip.final_layer_norm(row))  # (B, D)
+        end_token = x[torch.arange(B, device=x.device), first_end]  # (B, D)
+        pooled = self.text_projection(clip.final_layer_norm(end_token))  # (B, D)
         return x, pooled.unsqueeze(1)
 
 
@@ -271,8 +272,8 @@ def clip_preprocess(image: Image.Image, side: int) -> Tensor:
 def layers_config(weights: Weights, network: str, act: str) -> dict:
     """The fields that both configs have, for the layers of text_model or vision_model."""
     mlps = weights.series(f"{network}.encoder.layers.{{}}.mlp.fc1.weight")
-    names = list(ACTIVATIONS)
-    act = weights.setting("hidden_act", act, names.__contains__, " or ".join(names))
+    names = list(ACTIVATIONS)                           # a list, since the file's value may be unhashable
+    act = weights.setting("hidden_act", act, lambda value: value in names, " or ".join(names))
     return {"layers": len(mlps), "hidden": mlps[0][0], "act": act}
 
 
@@ -310,25 +311,24 @@ def load(path, device: torch.device | str = "cpu", dtype: torch.dtype | None = N
     the ids of the word that it starts from, which the files do not hold."""
     network = model.load(path, device, dtype, expect, NETWORKS, loras)
     if isinstance(network, TextEncoder) and (loras or tokens):
-        add_tokens(network, Weights(path), loras, tokens)
+        add_tokens(network, loras, tokens)
     return network
 
 
-def add_tokens(encoder: TextEncoder, weights: Weights, loras, tokens):
+def add_tokens(encoder: TextEncoder, loras, tokens):
     """Changes the token embeddings as the original's LoRA files say: `embeddings.embeddings` is added to the rows
     `embeddings.indices`. Rows after the vocabulary are new; they start as the mean of a word's rows."""
     embedding = encoder.text_model.embeddings.token_embedding.weight
     vocabulary, width = embedding.shape
-    name = "text_model.embeddings.token_embedding.weight"
-    before = weights.tensor(name, embedding.device, torch.float32)
-    starts = [before[word].mean(dim=0, keepdim=True) for word in tokens]
-    table = torch.cat([before, *starts])
+    table = embedding.float()
+    starts = [table[word].mean(dim=0, keepdim=True) for word in tokens]
+    table = torch.cat([table, *starts])
     end = vocabulary                                    # of the rows in use
     for path, strength in loras:
         lora = Weights(path, rename=False)
         if LORA_TOKENS[0] not in lora:
             continue
-        changes, indices = (lora.tensor(name, before.device) for name in LORA_TOKENS)
+        changes, indices = (lora.tensor(name, embedding.device) for name in LORA_TOKENS)
         fits = indices.dim() == 1 and indices.dtype == torch.int64 and (indices >= 0).all()
         fits = fits and changes.shape == (*indices.shape, width)
         require(fits, f"{path}: expected embeddings (n, {width}) and n indices, got "

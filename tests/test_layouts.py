@@ -48,7 +48,10 @@ def test_a_folder_of_packed_files_draws_the_same_image(folder, tmp_path):
     (tmp_path / "comfyui_checkpoints").mkdir()
     for place, (file, names) in zip(("", "comfyui_checkpoints/"), PACKED.items()):
         save_file(packed(folder, names), tmp_path / f"{place}{file}.safetensors", {"width": "128"})
-    theirs, ours = Cascade(tmp_path), Cascade(folder)
+    lora = {"embeddings.embeddings": torch.ones(1, 64), "embeddings.indices": torch.tensor([5])}
+    save_file(lora, tmp_path / "lora.safetensors")
+    loras = [(tmp_path / "lora.safetensors", 0.5)]
+    theirs, ours = Cascade(tmp_path, loras=loras), Cascade(folder, loras=loras)
     options = SHORT | {"variation_images": torch.ones(1, 24)}
     assert torch.allclose(theirs("a star", **options), ours("a star", **options), atol=1e-5)
     assert theirs.file("previewer").stem == "stable_cascade_stage_c"
