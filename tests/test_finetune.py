@@ -184,9 +184,15 @@ def test_trained_files_are_used(data, weights, tmp_path):
     assert not torch.equal(draw()("red", **prompt), plain)
 
 
-def test_the_weights_that_wire_has_set_stay_in_a_full_training(data, weights, tmp_path):
+@pytest.mark.parametrize("what", ["full", "lora"])
+def test_the_weights_that_wire_has_set_stay(data, weights, tmp_path, what):
+    options = WAYS["full"] if what == "full" else ["--what", "lora", "--layers", "embedding", "clf"]
+    file = train(data, weights, tmp_path / "file.safetensors", *options, "--wired")
     before = load_file(weights / "stage_c.safetensors")
-    after = load_file(train(data, weights, tmp_path / "full.safetensors", *WAYS["full"], "--wired"))
+    if what == "full":
+        after = load_file(file)
+    else:
+        after = model.load(weights / "stage_c.safetensors", loras=[(file, 1.0)]).state_dict()
     fixed = [*range(16), *range(32, 36)]                    # of the first layer: those for x and the constants
     free = [i for i in range(64) if i not in fixed]
     name = "embedding.1.weight"
@@ -222,7 +228,7 @@ def test_the_evaluator_knows_what_is_new_where_it_is_asked_to():
     for _ in range(20):
         scene = shapes.sample_scene(rng, two=0)
         item, = scene.objects
-        for new in (item, replace(item, shape="hexagon"), replace(item, colour="lilac")):
+        for new in (item, replace(item, shape="hexagon"), replace(item, colour="cyan")):
             true = replace(scene, objects=(new,))
             found = shapes.detect(shapes.render(true), **lists)
             assert shapes.score(true, found)["all"] and shapes.is_intact(found)

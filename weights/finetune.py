@@ -26,7 +26,6 @@ Shapes: B batch, N images, L tokens, semantic latents (B, 16, Hc, Wc), image lat
 """
 import argparse
 import json
-import math
 import sys
 from functools import partial
 from itertools import chain
@@ -55,9 +54,9 @@ from model import (                                                             
 )
 from sampler import RECIPES, generators, sample                                         # noqa: E402
 from training import (                                                                  # noqa: E402
-    AdaptiveWeight, Training, noise_loss, p2_weight, pyramid_noise, save, x0_weight,
+    AdaptiveWeight, Training, focus_on_objects, noise_loss, p2_weight, pyramid_noise, save, x0_weight,
 )
-from wire import fix                                                                    # noqa: E402
+from wire import fix, fixed_rows                                                        # noqa: E402
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 SAMPLES = 4                                             # sample images, of the first captions
@@ -238,7 +237,7 @@ def finetune(options):
     cascade, unet = load_unet(options)
     controlnet = None
     if options.what == "lora":
-        added = add_lora(unet, options.rank, options.layers)
+        added = add_lora(unet, options.rank, options.layers, fixed_rows(unet) if options.wired else {})
         parameters = dict(nn.ModuleDict(added).named_parameters())
     elif options.what == "full":
         copy = {key: value.clone() for key, value in unet.state_dict().items()}         # not the mapped file
@@ -265,7 +264,8 @@ def finetune(options):
         u = torch.rand(len(x0))
         if controlnet:
             condition["control"] = controlnet(data.hint(rows))
-        return noise_loss(unet, x0, noise.to(x0), u.to(x0), weight, **condition)
+        focus = focus_on_objects(x0) if options.focus else 1.0
+        return noise_loss(unet, x0, noise.to(x0), u.to(x0), weight, focus, **condition)
 
     training = Training(options, parameters, weight)
     training.run(compute_loss, make_preview(options, cascade, unet, controlnet, data))
@@ -329,6 +329,7 @@ def make_parser(prog="finetune.py", description=__doc__):
     add("--decay", action="store_true", help="let the learning rate fall to 0 along a cosine")
     add("--weight", choices=("p2", "adaptive", "x0"),
         help="of the loss (default: adaptive with --what full, but not for Stage C lite; else p2)")
+    add("--focus", action="store_true", help="Stage B: count errors at objects and edges more, as train_tiny.py does")
     add("--wired", action="store_true", help="keep the weights that wire.py has fixed in the tiny cascade")
     add("--checkpointing", action="store_true", help="compute activations twice, to save memory")
     add("--save-every", type=positive, default=500, metavar="UPDATES", help="default: %(default)s")
@@ -336,10 +337,10 @@ def make_parser(prog="finetune.py", description=__doc__):
     return parser
 
 
-DEFAULTS = {                                            # of options that only one kind of training has
+DEFAULTS = {                                            # of options that only some trainings have
     "rank": ("what", "lora", 4), "layers": ("what", "lora", [".attn"]), "token": ("what", "lora", []),
     "kind": ("what", "controlnet", None), "blocks": ("what", "controlnet", CONTROL_BLOCKS),
-    "wired": ("what", "full", False), "semantic_scale": ("stage", "b", (0.5, 1.0))}
+    "semantic_scale": ("stage", "b", (0.5, 1.0)), "focus": ("stage", "b", False), "wired": ("what", "lora or full", False)}
 
 
 def parse(parser, arguments):
@@ -350,12 +351,12 @@ def parse(parser, arguments):
             setattr(options, name, default)
         else:
             flag = f"--{name.replace('_', '-')}"
-            require(getattr(options, option) == value, f"{flag}: expected with --{option} {value} only")
+            require(getattr(options, option) in value.split(), f"{flag}: expected with --{option} {value} only")
     if options.what == "controlnet":
         require(options.kind, f"--kind: expected one of {', '.join(CONTROLS)}")
     require(options.stage == "c" or options.what != "controlnet" and not options.token,
             "--stage b: a ControlNet or a new token is for Stage C")
-    require(math.isfinite(options.lr) and options.lr > 0,
+    require(0 < options.lr < np.inf,
             f"--lr: expected a positive number, got {options.lr}")
     low, high = options.semantic_scale
     require(0 < low <= high <= 1, f"--semantic-scale: expected 0 < LOW <= HIGH <= 1, got {low} {high}")

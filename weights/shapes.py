@@ -28,7 +28,7 @@ COLOURS = {
 }
 # For fine-tuning. The lists above do not have them, so that the dataset stays the same.
 NEW_SHAPES = ("crescent", "hexagon")
-NEW_COLOURS = {"lilac": (214, 176, 226)}
+NEW_COLOURS = {"cyan": (0, 255, 255)}
 SIZES = {"small": 15.0, "large": 27.0}                          # half the width of an object, in pixels
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}

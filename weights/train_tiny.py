@@ -55,7 +55,7 @@ from sampler import add_noise, alpha_bar, generators, predict_x0, sample        
 from text_encoder import (                                                              # noqa: E402
     END, START, ImageConfig, ImageEncoder, TextConfig, TextEncoder, Tokenizer,
 )
-from training import save                                                               # noqa: E402
+from training import focus_on_objects, save                                             # noqa: E402
 from wire import wire                                                                   # noqa: E402
 
 STAGE_A = StageAConfig(widths=(16, 48), deep_blocks=2, codes=64)
@@ -499,8 +499,7 @@ def train_b(options):
     """From a semantic latent with noise, between none and twice LATENT_NOISE, to the image latent. In this
     dataset the caption adds nothing to the semantic latent, so the text is zero and its mapper's weights
     stay zero: any prompt gives the same condition. A tenth of the semantic latents are zero too, for
-    guidance. Objects are a seventh of the image but matter most, and their edges most of all, so errors
-    there count five and nine times; that does not move the optimum, only speeds up the way there."""
+    guidance."""
     stage_a = load(options.out / "stage_a.safetensors", dtype=torch.float32)
     scenes, semantics = sampled_scenes(options)
     batches = [scenes[i:i + 64] for i in range(0, len(scenes) // 2, 64)]
@@ -515,13 +514,8 @@ def train_b(options):
         semantic = semantic + level * torch.randn_like(semantic)
         semantic = semantic * (torch.rand(len(rows)) > 0.1)[:, None, None, None]
         x0 = latents[rows].float()                              # (32, 4, 32, 32), of 61440
-        background = x0[:, :, :1, :1]
-        objects = (x0 - background).square().mean(1, keepdim=True) > 0.1                # (32, 1, 32, 32)
-        blurred = F.avg_pool2d(x0, 3, stride=1, padding=1, count_include_pad=False)
-        edges = (x0 - blurred).square().mean(1, keepdim=True) > 0.1                     # (32, 1, 32, 32)
         text = torch.zeros(len(rows), 1, 128)
-        focus = 1 + 4 * objects + 4 * edges
-        return noise_loss(unet, x0, focus, clip_text_pooled=text, effnet=semantic)
+        return noise_loss(unet, x0, focus_on_objects(x0), clip_text_pooled=text, effnet=semantic)
 
     def preview():
         condition = {"clip_text_pooled": torch.zeros(8, 1, 128), "effnet": semantics[:8].float()}

@@ -24,13 +24,25 @@ def training_times(u):
     return (1 - u + 0.001).clamp(0.001, 1)
 
 
-def noise_loss(unet, x0, noise, u, weight, **condition):
-    """The weighted mean squared error of the predicted noise (DDPM, eq. 14). u: (B,), uniform from 0 to 1."""
+def noise_loss(unet, x0, noise, u, weight, focus=1.0, **condition):
+    """The weighted mean squared error of the predicted noise (DDPM, eq. 14). u: (B,), uniform from 0 to 1; focus: factors
+    of the squared errors, or 1."""
     a, r = noise_levels(training_times(u), shift=1.0)                                   # (B,), (B,)
     x = add_noise(x0, noise, a[:, None, None, None])
     error = unet(x, r, **condition).float() - noise
-    losses = error.square().mean((1, 2, 3))                                             # (B,)
+    losses = (focus * error.square()).mean((1, 2, 3))                                   # (B,)
     return (weight(a, losses.detach()) * losses).mean()
+
+
+def focus_on_objects(x0):
+    """For image latents of objects on a plain background: errors at objects count five times, and at their edges nine
+    times. Objects are a seventh of an image of the tiny cascade but matter most, and their edges most of all. This does
+    not move the optimum, it only speeds up the way there."""
+    background = x0[:, :, :1, :1]
+    objects = (x0 - background).square().mean(1, keepdim=True) > 0.1                    # (B, 1, H, W)
+    blurred = F.avg_pool2d(x0, 3, stride=1, padding=1, count_include_pad=False)
+    edges = (x0 - blurred).square().mean(1, keepdim=True) > 0.1                         # (B, 1, H, W)
+    return 1 + 4 * objects + 4 * edges
 
 
 def p2_weight(a, losses):

@@ -12,15 +12,11 @@ from sampler import alpha_bar
 CONSTANT = 60.0                                         # the magnitude of the four constant channels
 
 
-def freeze_rows(layer, rows, period=None):
-    """These rows of a layer, and those every `period` after them, keep their values in training."""
+def freeze_rows(layer, rows):
+    """These rows of a layer keep their values in training."""
     for parameter in (layer.weight, layer.bias):
         transposed = isinstance(layer, nn.ConvTranspose2d) and parameter.dim() > 1
-        dim = 1 if transposed else 0
-        size = parameter.shape[dim]
-        mask = torch.ones_like(parameter)
-        for start in range(0, size, period or size):
-            mask.index_fill_(dim, rows + start, 0)
+        mask = torch.ones_like(parameter).index_fill_(1 if transposed else 0, rows, 0)
         parameter.register_hook(lambda gradient, mask=mask: gradient * mask)
 
 
@@ -60,28 +56,39 @@ def fit_time_factors(unet, k):
     return torch.linalg.solve(gram, weighted.T @ target).float()                        # (65, 2)
 
 
-def fix(unet):
-    """The weights that `wire` has set keep their values in training, as long as there is no weight decay."""
+def fixed_rows(unet):
+    """The rows that `wire` has set, as {layer: numbers of the rows}."""
     k = unet.config.latent_channels * unet.config.patch_size ** 2
     XE = torch.arange(2 * k)
     XK = torch.cat([torch.arange(k), torch.arange(2 * k, 2 * k + 4)])
     XEK = torch.arange(2 * k + 4)
-    period = unet.config.widths[0]
-    down = unet.down_blocks[0]
+    c = unet.config.widths[0]
     up = unet.up_blocks[-1]
     time_block = [block for block in up if hasattr(block, "mapper")][-1]
-    for block in [*down, *up]:
+    fixed = {}
+    for block in [*unet.down_blocks[0], *up]:
         for layer in output_layers(block):
-            freeze_rows(layer, XEK if block is time_block else XK, period)
+            rows = XEK if block is time_block else XK
+            parts = len(layer.bias) // c                # scale and shift, or one
+            fixed[layer] = torch.cat([rows + part * c for part in range(parts)])
     widen = unet.up_upscalers[-2][1]
     widen = widen.blocks[1] if hasattr(widen, "blocks") else widen
     layers = [unet.embedding[1], widen]
     if unet.config.semantic_channels:
         layers += [unet.effnet_mapper[2], unet.pixels_mapper[2]]
     for layer in layers:
-        freeze_rows(layer, XK)
-    first, _, response, _, _ = up[0].channelwise
-    freeze_rows(first, XE)
+        fixed[layer] = XK
+    fixed[up[0].channelwise[0]] = XE
+    fixed[unet.clf[1]] = torch.arange(k)
+    return fixed
+
+
+def fix(unet):
+    """The weights that `wire` has set keep their values in training, as long as there is no weight decay."""
+    for layer, rows in fixed_rows(unet).items():
+        freeze_rows(layer, rows)
+    k = unet.config.latent_channels * unet.config.patch_size ** 2
+    response = unet.up_blocks[-1][0].channelwise[2]
     for parameter in (response.gamma, response.beta):
         parameter.register_hook(lambda gradient: F.pad(gradient[..., 2 * k:], (2 * k, 0)))
     unet.clf[1].requires_grad_(False)

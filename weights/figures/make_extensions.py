@@ -1,16 +1,18 @@
 """What fine-tuning can do, shown on the tiny cascade: trains the demonstrations, scores them, and draws lora.png,
 controlnet.png and extensions.png.
 
-    python weights/figures/make_extensions.py train hexagon WORK        writes WORK/hexagon.safetensors
-    python weights/figures/make_extensions.py score sunset              the rows of weights/README.md
-    python weights/figures/make_extensions.py score hexagon --file WORK/hexagon.safetensors
-    python weights/figures/make_extensions.py score lilac --weights WORK
+    python weights/figures/make_extensions.py train crescent WORK       writes WORK/crescent.safetensors
+    python weights/figures/make_extensions.py score crescent --file WORK/crescent.safetensors
+    python weights/figures/make_extensions.py score sunset              prints the scores of weights/README.md
+    python weights/figures/make_extensions.py train cyan WORK           makes WORK a weights folder
+    python weights/figures/make_extensions.py score cyan --weights WORK
     python weights/figures/make_extensions.py draw
 
-The demonstrations: a new shape (hexagon), a new token for a colour scheme (sunset), a ninth colour (lilac), a ControlNet
-(canny), sampling in 4 steps (lcm), and repainting one of two objects (inpainting, which needs no training).
+The demonstrations: new shapes (crescent, hexagon), a new token for a colour scheme (sunset), a ninth colour (cyan), a
+ControlNet (canny), sampling in 4 steps (lcm), and repainting one of two objects (inpainting, which needs no training).
 """
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -31,8 +33,11 @@ from shapes import COLOURS, NEW_COLOURS, NEW_SHAPES, SHAPES, pick
 
 TINY = HERE.parent / "tiny"
 FOLDER = TINY / "extensions"
-IMAGES = {"hexagon": (200, 0), "sunset": (200, 200), "lilac": (1000, 1000), "known": (0, 3000)}     # new, known
-TOKEN = {"[sunset]": "orange"}                            # it means orange objects on purple
+IMAGES = {                                              # with what is new; ordinary ones; share with two objects
+    "crescent": (200, 1200, 0.8), "hexagon": (200, 1200, 0.8), "sunset": (200, 200, 0.5), "cyan": (1500, 1500, 0.7),
+    "known": (0, 3000, 0.5)}
+COPIES = 4                                              # of an image with a new shape, each moved a little
+TOKENS = {"sunset": {"[sunset]": "orange"}}               # it means orange objects on purple
 DATA_SEED, TEST_SEED = 2001, 2002
 GUIDANCE = 2.0                                          # with a LoRA for a token, and with a hint
 
@@ -49,14 +54,14 @@ def change_object(scene, rng, **attributes):
 
 def add_new(scene, rng, name):
     """The scene with what the demonstration teaches."""
-    if name == "hexagon":
-        return change_object(scene, rng, shape="hexagon")
+    if name in NEW_SHAPES:
+        return change_object(scene, rng, shape=name)
     if name == "sunset":
         objects = tuple(replace(item, colour="orange") for item in scene.objects)
         return replace(scene, objects=objects, background="purple")
     if rng.random() < 0.3:
-        return replace(scene, background="lilac")
-    return change_object(scene, rng, colour="lilac")
+        return replace(scene, background="cyan")
+    return change_object(scene, rng, colour="cyan")
 
 
 def caption(scene, rng, name):
@@ -70,21 +75,23 @@ def caption(scene, rng, name):
     return text
 
 
-# The options of finetune.py and distil_lcm.py. Stage C's LoRAs leave out the layers that carry the noisy latent from the
-# first layer to the last, whose weights wire.py has fixed: the tiny cascade needs them exactly. `. _` means all layers.
+# The options of finetune.py and distil_lcm.py. The LoRAs of sunset and lcm leave out the layers that carry the noisy
+# latent from the first layer to the last, whose weights wire.py has fixed and the tiny cascade needs exactly; --wired keeps
+# only these weights.
 FEW_UPDATES = "--accumulate 1 --weight x0 --decay"
+ALL_C = "--wired --layers down_blocks up_blocks clip_txt"
 INNER_C = "--layers down_blocks.1 up_blocks.0 kv_mapper clip_txt"
+INNER_B = "--layers effnet_mapper.0 down_blocks.1 down_blocks.2 up_blocks.0 up_blocks.1 up_blocks.2.2.channelwise.0"
+SHAPE = (f"--updates 2000 --batch 64 --lr 5e-3 --rank 8 {ALL_C} {FEW_UPDATES}",
+         f"--stage b --semantic-scale 0.75 0.75 --focus --updates 1300 --batch 32 --lr 3e-3 --rank 8 {INNER_B} {FEW_UPDATES}")
 TRAININGS = {                                           # {name: (data, options of each training)}
-    "hexagon": ("hexagon", (
-        f"--updates 600 --batch 64 --lr 1e-2 --rank 8 {INNER_C} {FEW_UPDATES}",
-        "--stage b --semantic-scale 0.75 0.75 --updates 2000 --batch 32 --lr 1.5e-3 --rank 8 "
-        f"--layers . _ {FEW_UPDATES}")),
+    "crescent": ("crescent", SHAPE),
+    "hexagon": ("hexagon", SHAPE),
     "sunset": ("sunset", (
         f"--updates 1800 --batch 64 --lr 3e-2 --rank 8 {INNER_C} {FEW_UPDATES} --token [sunset]=orange",)),
-    "lilac": ("lilac", (
-        f"--what full --wired --updates 1500 --batch 64 --lr 1e-3 {FEW_UPDATES}",
-        "--what full --wired --stage b --semantic-scale 0.75 0.75 "
-        f"--updates 1400 --batch 32 --lr 1e-3 {FEW_UPDATES}")),
+    "cyan": ("cyan", (
+        f"--what full --wired --updates 4500 --batch 64 --lr 1e-3 {FEW_UPDATES}",
+        f"--what full --wired --stage b --semantic-scale 0.75 0.75 --focus --updates 2600 --batch 32 --lr 1e-3 {FEW_UPDATES}")),
     "canny": ("known", (
         f"--what controlnet --kind canny --blocks 1 2 --updates 2200 --batch 64 --lr 2e-3 {FEW_UPDATES}",)),
     "lcm": ("known", (
@@ -93,17 +100,19 @@ TRAININGS = {                                           # {name: (data, options 
 
 
 def train(name, work):
-    """Runs the trainings of a demonstration, and writes LoRAs of both stages into one file."""
+    """Runs the trainings of a demonstration, one on each core, and writes LoRAs of both stages into one file."""
     data, trainings = TRAININGS[name]
     if not (work / data).exists():
         write_data(data, work / data)
-    files = []
-    for options in trainings:
+    files = [work / f"{name}_{i}.safetensors" for i in range(len(trainings))]
+    processes = []
+    for file, options in zip(files, trainings):
         script = HERE.parent / ("distil_lcm.py" if name == "lcm" else "finetune.py")
-        files.append(work / f"{name}_{len(files)}.safetensors")
-        command = [sys.executable, script, work / data, "--out", files[-1], *options.split(), "--device", "cpu"]
-        subprocess.run(command, check=True)
-    if name == "lilac":
+        command = [sys.executable, script, work / data, "--out", file, *options.split(), "--device", "cpu"]
+        processes.append(subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}))
+    if any([process.wait() for process in processes]):
+        sys.exit(1)
+    if name == "cyan":
         shutil.copytree(TINY, work, dirs_exist_ok=True)
         for file, stage in zip(files, "cb"):
             shutil.copy(file, work / f"stage_{stage}.safetensors")
@@ -117,15 +126,32 @@ def train(name, work):
 
 
 def write_data(name, folder):
+    """The images and captions of a demonstration; those of a new shape in several copies."""
     folder.mkdir(parents=True)
-    new, known = IMAGES[name]
+    new, known, two = IMAGES[name]
+    pairs = []
     for i in range(new + known):
         rng = np.random.default_rng([DATA_SEED, i])
-        scene = shapes.sample_scene(rng)
-        scene = add_new(scene, rng, name) if i < new else scene
-        text = caption(scene, rng, name) if i < new else shapes.caption(scene, rng, fillers=0)
-        Image.fromarray(shapes.render(scene)).save(folder / f"{i:04}.png")
+        scene = shapes.sample_scene(rng, two)
+        if i >= new:
+            pairs.append((shapes.render(scene), shapes.caption(scene, rng, fillers=0)))
+            continue
+        scene = add_new(scene, rng, name)
+        image = shapes.render(scene)
+        text = caption(scene, rng, name)
+        pairs.append((image, text))
+        for _ in range(COPIES - 1 if name in NEW_SHAPES else 0):
+            pairs.append((moved(image, rng), text))
+    for i, (image, text) in enumerate(pairs):
+        Image.fromarray(image).save(folder / f"{i:04}.png")
         (folder / f"{i:04}.txt").write_text(text)
+
+
+def moved(image, rng, most=4):
+    """The image, moved by a few pixels; its border is repeated."""
+    padded = np.pad(image, ((most, most), (most, most), (0, 0)), "edge")
+    x, y = rng.integers(2 * most + 1, size=2)
+    return padded[y:y + shapes.SIDE, x:x + shapes.SIDE]
 
 
 # ---- prompts and scores ------------------------------------------------------------------------------
@@ -142,9 +168,15 @@ def new_prompts(count, name, two):
 
 def print_row(name, cascade, prompts, **how):
     start = time.time()
-    found = evaluate.detect(evaluate.draw(cascade, prompts, **how),
-                            shapes=SHAPES + NEW_SHAPES, colours=COLOURS | NEW_COLOURS)
+    colours = COLOURS | {new: shown_colour(cascade, new) for new in NEW_COLOURS}
+    found = evaluate.detect(evaluate.draw(cascade, prompts, **how), shapes=SHAPES + NEW_SHAPES, colours=colours)
     evaluate.print_row(name, evaluate.accuracy([scene for _, scene in prompts], found), time.time() - start)
+
+
+def shown_colour(cascade, name):
+    """What Stage A, which is not trained here and knows eight colours, makes of another one."""
+    image, = evaluate.stage_a_alone(cascade, [shapes.Scene((), name)])
+    return tuple(255 * np.median(image, (0, 1)))
 
 
 def known_rows(cascade, count, **how):
@@ -154,8 +186,8 @@ def known_rows(cascade, count, **how):
 
 def score_lora(options):
     name = options.name
-    tokens = TOKEN if name == "sunset" else None
-    how = {"guidance": GUIDANCE} if tokens else {}
+    tokens = TOKENS.get(name)
+    how = {"guidance": GUIDANCE}
     for strength in (0.0, 0.5, 1.0):
         loras = [(options.file or FOLDER / f"{name}.safetensors", strength)]
         cascade = Cascade(options.weights, "cpu", keep=True, loras=loras, tokens=tokens)
@@ -168,7 +200,7 @@ def score_lora(options):
 def score_full(options):
     cascade = Cascade(options.weights, "cpu", keep=True)
     for two in (0, 1):
-        print_row(f"lilac, {1 + two} objects", cascade, new_prompts(options.count, "lilac", two))
+        print_row(f"cyan, {1 + two} objects", cascade, new_prompts(options.count, "cyan", two))
     known_rows(cascade, options.count)
 
 
@@ -255,19 +287,27 @@ def score_inpainting(options):
           f"the whole image is as asked for in {100 * np.mean(right):.1f} %")
 
 
-SCORES = {"hexagon": score_lora, "sunset": score_lora, "lilac": score_full, "lcm": score_lcm,
+SCORES = {"crescent": score_lora, "hexagon": score_lora, "sunset": score_lora, "cyan": score_full, "lcm": score_lcm,
           "canny": score_canny, "inpainting": score_inpainting}
 
 
 # ---- figures -----------------------------------------------------------------------------------------
 
 def draw_lora(options):
-    texts = ["[sunset] a large star", "[sunset] a small ring", "[sunset] a large heart", "[sunset] two squares",
-             "[sunset] a small circle above a large triangle", "a small blue ring on a white background"]
+    prompts = {
+        "crescent": ["a large white crescent on a blue background", "a large yellow crescent on a black background",
+                     "a large red star left of a large blue crescent on a white background"],
+        "sunset": ["[sunset] a large star", "[sunset] a small circle above a large triangle",
+                   "a small blue ring on a white background"]}
     rows = []
     for strength in (0.0, 0.5, 1.0):
-        cascade = Cascade(TINY, "cpu", loras=[(FOLDER / "sunset.safetensors", strength)], tokens=TOKEN)
-        rows.append((f"strength {strength}", cascade(texts, guidance=GUIDANCE, output="np")))
+        images = []
+        for name, texts in prompts.items():
+            loras = [(FOLDER / f"{name}.safetensors", strength)]
+            cascade = Cascade(TINY, "cpu", loras=loras, tokens=TOKENS.get(name))
+            images += list(cascade(texts, guidance=GUIDANCE, output="np"))
+        rows.append((f"strength {strength}", images))
+    texts = [text for texts in prompts.values() for text in texts]
     sheet(options.out / "lora.png", [*rows[:-1], (*rows[-1], texts)])
 
 
