@@ -39,7 +39,7 @@ IMAGES = {                                              # with what is new; ordi
 COPIES = 4                                              # of an image with a new shape, each moved a little
 TOKENS = {"sunset": {"[sunset]": "orange"}}               # it means orange objects on purple
 DATA_SEED, TEST_SEED = 2001, 2002
-GUIDANCE = 2.0                                          # with a LoRA for a token, and with a hint
+GUIDANCE = 2.0                                          # with a LoRA for something new, and with a hint
 
 
 # ---- training data -----------------------------------------------------------------------------------
@@ -186,15 +186,14 @@ def known_rows(cascade, count, **how):
 
 def score_lora(options):
     name = options.name
-    tokens = TOKENS.get(name)
-    how = {"guidance": GUIDANCE}
-    for strength in (0.0, 0.5, 1.0):
+    for strength in (0.0, 0.5, 1.0, 1.2):
         loras = [(options.file or FOLDER / f"{name}.safetensors", strength)]
-        cascade = Cascade(options.weights, "cpu", keep=True, loras=loras, tokens=tokens)
+        cascade = Cascade(options.weights, "cpu", keep=True, loras=loras, tokens=TOKENS.get(name))
         for two in (0, 1):
             text = f"{name}, {1 + two} objects, strength {strength}"
-            print_row(text, cascade, new_prompts(options.count, name, two), **how)
-    known_rows(cascade, options.count)
+            print_row(text, cascade, new_prompts(options.count, name, two), guidance=GUIDANCE)
+        if strength >= 1:
+            known_rows(cascade, options.count)
 
 
 def score_full(options):
