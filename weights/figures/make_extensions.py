@@ -1,12 +1,12 @@
 """What fine-tuning can do, shown on the tiny cascade: trains the demonstrations, scores them, and draws lora.png,
-controlnet.png and extensions.png.
+controlnet.png, extensions.png and cyan.png.
 
     python weights/figures/make_extensions.py train crescent WORK       writes WORK/crescent.safetensors
     python weights/figures/make_extensions.py score crescent --file WORK/crescent.safetensors
     python weights/figures/make_extensions.py score sunset              prints the scores of weights/README.md
     python weights/figures/make_extensions.py train cyan WORK           makes WORK a weights folder
     python weights/figures/make_extensions.py score cyan --weights WORK
-    python weights/figures/make_extensions.py draw
+    python weights/figures/make_extensions.py draw --cyan WORK
 
 The demonstrations: new shapes (crescent, hexagon), a new token for a colour scheme (sunset), a ninth colour (cyan), a
 ControlNet (canny), sampling in 4 steps (lcm), and repainting one of two objects (inpainting, which needs no training).
@@ -323,6 +323,16 @@ def draw_controlnet(options):
     sheet(options.out / "controlnet.png", rows)
 
 
+def draw_cyan(options):
+    texts = ["a large cyan star on a black background", "a small cyan heart on a yellow background",
+             "a large white ring on a cyan background", "a large cyan circle left of a large red square on a white background",
+             "a large blue circle left of a large green square on a white background", "a large red heart on a blue background"]
+    rows = []
+    for title, folder in (("before", TINY), ("after training with cyan", options.cyan)):
+        rows.append((title, Cascade(folder, "cpu", keep=True)(texts, output="np")))
+    sheet(options.out / "cyan.png", [rows[0], (*rows[1], texts)])
+
+
 def draw_others(options):
     rows = []
     images = [[], [], []]
@@ -355,6 +365,7 @@ def main():
     score.add_argument("--count", type=int, default=100, help="images per row (default: %(default)s)")
     draw = commands.add_parser("draw", help="draw the figures")
     draw.add_argument("--out", type=Path, default=HERE)
+    draw.add_argument("--cyan", type=Path, metavar="WORK", help="draw cyan.png as well, with these weights")
     options = parser.parse_args()
     if options.command == "train":
         train(options.name, options.work)
@@ -363,6 +374,8 @@ def main():
     else:
         for draw_sheet in (draw_lora, draw_controlnet, draw_others):
             draw_sheet(options)
+        if options.cyan:
+            draw_cyan(options)
 
 
 if __name__ == "__main__":
