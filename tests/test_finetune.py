@@ -92,7 +92,7 @@ def train(data, weights, out, *options, status=0):
 
 WAYS = {
     "lora": ["--what", "lora", "--layers", ".attn", "channelwise", "--token", "[new]=red"],
-    "lora_b": ["--what", "lora", "--stage", "b"],
+    "lora_b": ["--what", "lora", "--stage", "b", "--focus"],
     "full": ["--what", "full"],
     "full_b": ["--what", "full", "--stage", "b", "--checkpointing"],
     "canny": ["--what", "controlnet", "--kind", "canny", "--blocks", 0, 7],

@@ -34,7 +34,7 @@ class LoraWeight(nn.Module):
         return weight + change.view_as(weight).to(weight.dtype)
 
 
-def add_lora(unet, rank, layers, fixed=None):
+def add_lora(unet, rank, layers, fixed=()):
     """Adds a LoraWeight to every linear layer and 1x1 convolution whose path contains one of the strings in `layers`
     -> {name of the layer in LoRA files: LoraWeight}. fixed: {layer: numbers of the rows that must not change}."""
     added = {}
@@ -44,7 +44,7 @@ def add_lora(unet, rank, layers, fixed=None):
         is_matrix = weight is not None and weight.dim() > 1 and weight[0].numel() == weight.shape[1]
         if is_matrix and any(text in path for text in layers):
             lora = LoraWeight(weight, rank)
-            if fixed and layer in fixed:
+            if layer in fixed:
                 mask = torch.ones_like(lora.up).index_fill_(0, fixed[layer], 0)
                 lora.up.data *= mask
                 lora.up.register_hook(lambda gradient, mask=mask: gradient * mask)

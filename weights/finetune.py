@@ -237,7 +237,7 @@ def finetune(options):
     cascade, unet = load_unet(options)
     controlnet = None
     if options.what == "lora":
-        added = add_lora(unet, options.rank, options.layers, fixed_rows(unet) if options.wired else {})
+        added = add_lora(unet, options.rank, options.layers, fixed_rows(unet) if options.wired else ())
         parameters = dict(nn.ModuleDict(added).named_parameters())
     elif options.what == "full":
         copy = {key: value.clone() for key, value in unet.state_dict().items()}         # not the mapped file

@@ -75,9 +75,8 @@ def caption(scene, rng, name):
     return text
 
 
-# The options of finetune.py and distil_lcm.py. The LoRAs of sunset and lcm leave out the layers that carry the noisy
-# latent from the first layer to the last, whose weights wire.py has fixed and the tiny cascade needs exactly; --wired keeps
-# only these weights.
+# The options of finetune.py and distil_lcm.py. The tiny cascade needs the weights that wire.py has fixed exactly as they are:
+# they carry the noisy latent from the first layer to the last. --wired keeps them; the others train only layers without them.
 FEW_UPDATES = "--accumulate 1 --weight x0 --decay"
 ALL_C = "--wired --layers down_blocks up_blocks clip_txt"
 INNER_C = "--layers down_blocks.1 up_blocks.0 kv_mapper clip_txt"
@@ -147,8 +146,9 @@ def write_data(name, folder):
         (folder / f"{i:04}.txt").write_text(text)
 
 
-def moved(image, rng, most=4):
-    """The image, moved by a few pixels; its border is repeated."""
+def moved(image, rng):
+    """The image, moved by up to 4 pixels; its border is repeated."""
+    most = 4
     padded = np.pad(image, ((most, most), (most, most), (0, 0)), "edge")
     x, y = rng.integers(2 * most + 1, size=2)
     return padded[y:y + shapes.SIDE, x:x + shapes.SIDE]
