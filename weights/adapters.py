@@ -18,8 +18,8 @@ from text_encoder import Tokenizer
 # ---- LoRA --------------------------------------------------------------------------------------------
 
 class LoraWeight(nn.Module):
-    """W + up down / rank (Hu et al., 2021). As in the original code, `up` starts at
-    random and `down` at zero; in the paper it is the other way round."""
+    """W + up down / rank (Hu et al., 2021). As in the original code, `up` starts at random and `down` at zero; in the
+    paper it is the other way round."""
     def __init__(self, weight, rank):
         super().__init__()
         self.enabled = True

@@ -123,7 +123,7 @@ def wire(unet):
 
     down = unet.down_blocks[0]
     up = unet.up_blocks[-1]
-    first, _, _, _, second = up[0].channelwise                                   # reads the skip
+    first, _, _, _, second = up[0].channelwise                                          # reads the skip
     time_block = [block for block in up if hasattr(block, "mapper")][-1]
     enter = unet.embedding[1]
     leave = unet.clf[1]

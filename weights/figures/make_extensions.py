@@ -37,7 +37,7 @@ IMAGES = {                                              # with what is new; ordi
     "crescent": (200, 1200, 0.8), "hexagon": (200, 1200, 0.8), "sunset": (200, 200, 0.5), "cyan": (1500, 1500, 0.7),
     "known": (0, 3000, 0.5)}
 COPIES = 4                                              # of an image with a new shape, each moved a little
-TOKENS = {"sunset": {"[sunset]": "orange"}}               # it means orange objects on purple
+TOKENS = {"sunset": {"[sunset]": "orange"}}             # it means orange objects on purple
 DATA_SEED, TEST_SEED = 2001, 2002
 GUIDANCE = 2.0                                          # with a LoRA for something new, and with a hint
 
